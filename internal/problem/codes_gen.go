@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Code generated from codes.yaml by gen; DO NOT EDIT.
+
+package problem
+
+// The codes.
+const (
+	Usage                Code = "STR-1001" // usage error
+	ConfigInvalid        Code = "STR-1002" // component configuration is not valid
+	AmbiguousName        Code = "STR-1003" // a bare name matches more than one object
+	NotFound             Code = "STR-1004" // object not found
+	ConfirmationNeeded   Code = "STR-1005" // confirmation needed
+	NoControlPlane       Code = "STR-1101" // no control plane answers
+	AlreadyInitialized   Code = "STR-1102" // the data directory already holds a cluster
+	DataDirBusy          Code = "STR-1103" // the data directory is in use
+	StateCorrupt         Code = "STR-1104" // a state file is damaged
+	InvalidObject        Code = "STR-1201" // validation refused the object
+	ReturnNotAboveTrip   Code = "STR-1204" // return threshold must be above trip
+	ClusterUnreachable   Code = "STR-2101" // a cluster is unreachable
+	GatewayNotReachable  Code = "STR-2104" // gateway not reachable
+	NoGateway            Code = "STR-2105" // no gateway of this cluster is running
+	ProbeFailed          Code = "STR-2106" // the probe did not cross the tunnel
+	AwaitingApproval     Code = "STR-2107" // awaiting approval
+	TokenMalformed       Code = "STR-2201" // not a join token
+	TokenExpired         Code = "STR-2202" // the join token has expired
+	TokenRevoked         Code = "STR-2203" // the join token was revoked
+	TokenBound           Code = "STR-2204" // the join token belongs to another joiner
+	TokenUnknown         Code = "STR-2205" // the issuer does not know this token
+	TokenWrongFederation Code = "STR-2206" // the token is for another federation
+	TokenScope           Code = "STR-2207" // the token is not for this cluster
+	ClockSkew            Code = "STR-2208" // clocks differ too much
+	NameTaken            Code = "STR-2209" // the cluster name is taken
+	IdentityMismatch     Code = "STR-2210" // the other side did not prove the identity in the token
+	ProofRefused         Code = "STR-2211" // the proof of the token was refused
+	VersionSkew          Code = "STR-2301" // versions do not work together
+	NotExported          Code = "STR-3101" // the service is not exported to this cluster
+	CatalogRefused       Code = "STR-3201" // a peer's catalog was refused
+	CatalogFork          Code = "STR-3202" // a peer signed two catalogs with the same number
+	CatalogStale         Code = "STR-3203" // a peer's catalog is stale
+	NoEndpoints          Code = "STR-4102" // no healthy endpoint in any cluster
+	UnknownService       Code = "STR-4103" // no such service
+	FailoverOverload     Code = "STR-4107" // the next tier may not have the capacity
+	RootExpiring         Code = "STR-5101" // a root expires soon
+	CertificateExpiring  Code = "STR-5102" // a certificate expires soon
+	TrustRefused         Code = "STR-5201" // identity refused
+	CertNotYetValid      Code = "STR-5203" // peer certificate not yet valid
+	RegistrationRefused  Code = "STR-5301" // registration refused
+	AccessDenied         Code = "STR-5302" // operator access denied
+	PolicyDenied         Code = "STR-6101" // denied by an access policy
+	DemoRunning          Code = "STR-7101" // a demo is already running
+	DemoNotRunning       Code = "STR-7102" // no demo is running
+	TraceNotFound        Code = "STR-8101" // no such trace
+	Internal             Code = "STR-9001" // internal error
+)
