@@ -92,6 +92,7 @@ type RpcStatus struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Code          int32                  `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
 	Message       string                 `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
+	Details       []*anypb.Any           `protobuf:"bytes,3,rep,name=details,proto3" json:"details,omitempty"` // of a NACK: Rejected, when only some resources of the response are meant
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -140,6 +141,58 @@ func (x *RpcStatus) GetMessage() string {
 	return ""
 }
 
+func (x *RpcStatus) GetDetails() []*anypb.Any {
+	if x != nil {
+		return x.Details
+	}
+	return nil
+}
+
+// Rejected names the resources of one response that were refused; the others of it are in force.
+type Rejected struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Names         []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rejected) Reset() {
+	*x = Rejected{}
+	mi := &file_discovery_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rejected) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rejected) ProtoMessage() {}
+
+func (x *Rejected) ProtoReflect() protoreflect.Message {
+	mi := &file_discovery_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rejected.ProtoReflect.Descriptor instead.
+func (*Rejected) Descriptor() ([]byte, []int) {
+	return file_discovery_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Rejected) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
 type DiscoveryRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	VersionInfo   string                 `protobuf:"bytes,1,opt,name=version_info,json=versionInfo,proto3" json:"version_info,omitempty"`
@@ -154,7 +207,7 @@ type DiscoveryRequest struct {
 
 func (x *DiscoveryRequest) Reset() {
 	*x = DiscoveryRequest{}
-	mi := &file_discovery_proto_msgTypes[2]
+	mi := &file_discovery_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -166,7 +219,7 @@ func (x *DiscoveryRequest) String() string {
 func (*DiscoveryRequest) ProtoMessage() {}
 
 func (x *DiscoveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_discovery_proto_msgTypes[2]
+	mi := &file_discovery_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -179,7 +232,7 @@ func (x *DiscoveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscoveryRequest.ProtoReflect.Descriptor instead.
 func (*DiscoveryRequest) Descriptor() ([]byte, []int) {
-	return file_discovery_proto_rawDescGZIP(), []int{2}
+	return file_discovery_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *DiscoveryRequest) GetVersionInfo() string {
@@ -236,7 +289,7 @@ type DiscoveryResponse struct {
 
 func (x *DiscoveryResponse) Reset() {
 	*x = DiscoveryResponse{}
-	mi := &file_discovery_proto_msgTypes[3]
+	mi := &file_discovery_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -248,7 +301,7 @@ func (x *DiscoveryResponse) String() string {
 func (*DiscoveryResponse) ProtoMessage() {}
 
 func (x *DiscoveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_discovery_proto_msgTypes[3]
+	mi := &file_discovery_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -261,7 +314,7 @@ func (x *DiscoveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DiscoveryResponse.ProtoReflect.Descriptor instead.
 func (*DiscoveryResponse) Descriptor() ([]byte, []int) {
-	return file_discovery_proto_rawDescGZIP(), []int{3}
+	return file_discovery_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *DiscoveryResponse) GetVersionInfo() string {
@@ -307,7 +360,7 @@ type DeltaDiscoveryRequest struct {
 
 func (x *DeltaDiscoveryRequest) Reset() {
 	*x = DeltaDiscoveryRequest{}
-	mi := &file_discovery_proto_msgTypes[4]
+	mi := &file_discovery_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -319,7 +372,7 @@ func (x *DeltaDiscoveryRequest) String() string {
 func (*DeltaDiscoveryRequest) ProtoMessage() {}
 
 func (x *DeltaDiscoveryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_discovery_proto_msgTypes[4]
+	mi := &file_discovery_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -332,7 +385,7 @@ func (x *DeltaDiscoveryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeltaDiscoveryRequest.ProtoReflect.Descriptor instead.
 func (*DeltaDiscoveryRequest) Descriptor() ([]byte, []int) {
-	return file_discovery_proto_rawDescGZIP(), []int{4}
+	return file_discovery_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *DeltaDiscoveryRequest) GetNode() *Node {
@@ -397,7 +450,7 @@ type DeltaDiscoveryResponse struct {
 
 func (x *DeltaDiscoveryResponse) Reset() {
 	*x = DeltaDiscoveryResponse{}
-	mi := &file_discovery_proto_msgTypes[5]
+	mi := &file_discovery_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -409,7 +462,7 @@ func (x *DeltaDiscoveryResponse) String() string {
 func (*DeltaDiscoveryResponse) ProtoMessage() {}
 
 func (x *DeltaDiscoveryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_discovery_proto_msgTypes[5]
+	mi := &file_discovery_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -422,7 +475,7 @@ func (x *DeltaDiscoveryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeltaDiscoveryResponse.ProtoReflect.Descriptor instead.
 func (*DeltaDiscoveryResponse) Descriptor() ([]byte, []int) {
-	return file_discovery_proto_rawDescGZIP(), []int{5}
+	return file_discovery_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *DeltaDiscoveryResponse) GetSystemVersionInfo() string {
@@ -472,7 +525,7 @@ type Resource struct {
 
 func (x *Resource) Reset() {
 	*x = Resource{}
-	mi := &file_discovery_proto_msgTypes[6]
+	mi := &file_discovery_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -484,7 +537,7 @@ func (x *Resource) String() string {
 func (*Resource) ProtoMessage() {}
 
 func (x *Resource) ProtoReflect() protoreflect.Message {
-	mi := &file_discovery_proto_msgTypes[6]
+	mi := &file_discovery_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -497,7 +550,7 @@ func (x *Resource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Resource.ProtoReflect.Descriptor instead.
 func (*Resource) Descriptor() ([]byte, []int) {
-	return file_discovery_proto_rawDescGZIP(), []int{6}
+	return file_discovery_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Resource) GetVersion() string {
@@ -528,6 +581,151 @@ func (x *Resource) GetAliases() []string {
 	return nil
 }
 
+// DiscoverySnapshot is what a proxy keeps on disk of what it last held.
+type DiscoverySnapshot struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1
+	SavedMs       int64                  `protobuf:"varint,2,opt,name=saved_ms,json=savedMs,proto3" json:"saved_ms,omitempty"`
+	Resources     []*SnapshotResource    `protobuf:"bytes,3,rep,name=resources,proto3" json:"resources,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DiscoverySnapshot) Reset() {
+	*x = DiscoverySnapshot{}
+	mi := &file_discovery_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DiscoverySnapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DiscoverySnapshot) ProtoMessage() {}
+
+func (x *DiscoverySnapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_discovery_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DiscoverySnapshot.ProtoReflect.Descriptor instead.
+func (*DiscoverySnapshot) Descriptor() ([]byte, []int) {
+	return file_discovery_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *DiscoverySnapshot) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *DiscoverySnapshot) GetSavedMs() int64 {
+	if x != nil {
+		return x.SavedMs
+	}
+	return 0
+}
+
+func (x *DiscoverySnapshot) GetResources() []*SnapshotResource {
+	if x != nil {
+		return x.Resources
+	}
+	return nil
+}
+
+type SnapshotResource struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TypeUrl       string                 `protobuf:"bytes,1,opt,name=type_url,json=typeUrl,proto3" json:"type_url,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Version       string                 `protobuf:"bytes,3,opt,name=version,proto3" json:"version,omitempty"`
+	Body          []byte                 `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`
+	Absent        bool                   `protobuf:"varint,5,opt,name=absent,proto3" json:"absent,omitempty"`
+	WantedMs      int64                  `protobuf:"varint,6,opt,name=wanted_ms,json=wantedMs,proto3" json:"wanted_ms,omitempty"` // when a subscription last asked for it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SnapshotResource) Reset() {
+	*x = SnapshotResource{}
+	mi := &file_discovery_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SnapshotResource) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SnapshotResource) ProtoMessage() {}
+
+func (x *SnapshotResource) ProtoReflect() protoreflect.Message {
+	mi := &file_discovery_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SnapshotResource.ProtoReflect.Descriptor instead.
+func (*SnapshotResource) Descriptor() ([]byte, []int) {
+	return file_discovery_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *SnapshotResource) GetTypeUrl() string {
+	if x != nil {
+		return x.TypeUrl
+	}
+	return ""
+}
+
+func (x *SnapshotResource) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *SnapshotResource) GetVersion() string {
+	if x != nil {
+		return x.Version
+	}
+	return ""
+}
+
+func (x *SnapshotResource) GetBody() []byte {
+	if x != nil {
+		return x.Body
+	}
+	return nil
+}
+
+func (x *SnapshotResource) GetAbsent() bool {
+	if x != nil {
+		return x.Absent
+	}
+	return false
+}
+
+func (x *SnapshotResource) GetWantedMs() int64 {
+	if x != nil {
+		return x.WantedMs
+	}
+	return 0
+}
+
 var File_discovery_proto protoreflect.FileDescriptor
 
 const file_discovery_proto_rawDesc = "" +
@@ -536,10 +734,13 @@ const file_discovery_proto_rawDesc = "" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12&\n" +
-	"\x0fuser_agent_name\x18\x06 \x01(\tR\ruserAgentName\"9\n" +
+	"\x0fuser_agent_name\x18\x06 \x01(\tR\ruserAgentName\"i\n" +
 	"\tRpcStatus\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\x05R\x04code\x12\x18\n" +
-	"\amessage\x18\x02 \x01(\tR\amessage\"\xfc\x01\n" +
+	"\amessage\x18\x02 \x01(\tR\amessage\x12.\n" +
+	"\adetails\x18\x03 \x03(\v2\x14.google.protobuf.AnyR\adetails\" \n" +
+	"\bRejected\x12\x14\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"\xfc\x01\n" +
 	"\x10DiscoveryRequest\x12!\n" +
 	"\fversion_info\x18\x01 \x01(\tR\vversionInfo\x12#\n" +
 	"\x04node\x18\x02 \x01(\v2\x0f.strait.v1.NodeR\x04node\x12%\n" +
@@ -573,7 +774,18 @@ const file_discovery_proto_rawDesc = "" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x120\n" +
 	"\bresource\x18\x02 \x01(\v2\x14.google.protobuf.AnyR\bresource\x12\x12\n" +
 	"\x04name\x18\x03 \x01(\tR\x04name\x12\x18\n" +
-	"\aaliases\x18\x04 \x03(\tR\aaliasesB@Z>github.com/strait-mesh/strait/controlplane/controlpb;controlpbb\x06proto3"
+	"\aaliases\x18\x04 \x03(\tR\aaliases\"\x81\x01\n" +
+	"\x11DiscoverySnapshot\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x19\n" +
+	"\bsaved_ms\x18\x02 \x01(\x03R\asavedMs\x129\n" +
+	"\tresources\x18\x03 \x03(\v2\x1b.strait.v1.SnapshotResourceR\tresources\"\xa4\x01\n" +
+	"\x10SnapshotResource\x12\x19\n" +
+	"\btype_url\x18\x01 \x01(\tR\atypeUrl\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x18\n" +
+	"\aversion\x18\x03 \x01(\tR\aversion\x12\x12\n" +
+	"\x04body\x18\x04 \x01(\fR\x04body\x12\x16\n" +
+	"\x06absent\x18\x05 \x01(\bR\x06absent\x12\x1b\n" +
+	"\twanted_ms\x18\x06 \x01(\x03R\bwantedMsB@Z>github.com/strait-mesh/strait/controlplane/controlpb;controlpbb\x06proto3"
 
 var (
 	file_discovery_proto_rawDescOnce sync.Once
@@ -587,32 +799,37 @@ func file_discovery_proto_rawDescGZIP() []byte {
 	return file_discovery_proto_rawDescData
 }
 
-var file_discovery_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_discovery_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_discovery_proto_goTypes = []any{
 	(*Node)(nil),                   // 0: strait.v1.Node
 	(*RpcStatus)(nil),              // 1: strait.v1.RpcStatus
-	(*DiscoveryRequest)(nil),       // 2: strait.v1.DiscoveryRequest
-	(*DiscoveryResponse)(nil),      // 3: strait.v1.DiscoveryResponse
-	(*DeltaDiscoveryRequest)(nil),  // 4: strait.v1.DeltaDiscoveryRequest
-	(*DeltaDiscoveryResponse)(nil), // 5: strait.v1.DeltaDiscoveryResponse
-	(*Resource)(nil),               // 6: strait.v1.Resource
-	nil,                            // 7: strait.v1.DeltaDiscoveryRequest.InitialResourceVersionsEntry
-	(*anypb.Any)(nil),              // 8: google.protobuf.Any
+	(*Rejected)(nil),               // 2: strait.v1.Rejected
+	(*DiscoveryRequest)(nil),       // 3: strait.v1.DiscoveryRequest
+	(*DiscoveryResponse)(nil),      // 4: strait.v1.DiscoveryResponse
+	(*DeltaDiscoveryRequest)(nil),  // 5: strait.v1.DeltaDiscoveryRequest
+	(*DeltaDiscoveryResponse)(nil), // 6: strait.v1.DeltaDiscoveryResponse
+	(*Resource)(nil),               // 7: strait.v1.Resource
+	(*DiscoverySnapshot)(nil),      // 8: strait.v1.DiscoverySnapshot
+	(*SnapshotResource)(nil),       // 9: strait.v1.SnapshotResource
+	nil,                            // 10: strait.v1.DeltaDiscoveryRequest.InitialResourceVersionsEntry
+	(*anypb.Any)(nil),              // 11: google.protobuf.Any
 }
 var file_discovery_proto_depIdxs = []int32{
-	0, // 0: strait.v1.DiscoveryRequest.node:type_name -> strait.v1.Node
-	1, // 1: strait.v1.DiscoveryRequest.error_detail:type_name -> strait.v1.RpcStatus
-	8, // 2: strait.v1.DiscoveryResponse.resources:type_name -> google.protobuf.Any
-	0, // 3: strait.v1.DeltaDiscoveryRequest.node:type_name -> strait.v1.Node
-	7, // 4: strait.v1.DeltaDiscoveryRequest.initial_resource_versions:type_name -> strait.v1.DeltaDiscoveryRequest.InitialResourceVersionsEntry
-	1, // 5: strait.v1.DeltaDiscoveryRequest.error_detail:type_name -> strait.v1.RpcStatus
-	6, // 6: strait.v1.DeltaDiscoveryResponse.resources:type_name -> strait.v1.Resource
-	8, // 7: strait.v1.Resource.resource:type_name -> google.protobuf.Any
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	11, // 0: strait.v1.RpcStatus.details:type_name -> google.protobuf.Any
+	0,  // 1: strait.v1.DiscoveryRequest.node:type_name -> strait.v1.Node
+	1,  // 2: strait.v1.DiscoveryRequest.error_detail:type_name -> strait.v1.RpcStatus
+	11, // 3: strait.v1.DiscoveryResponse.resources:type_name -> google.protobuf.Any
+	0,  // 4: strait.v1.DeltaDiscoveryRequest.node:type_name -> strait.v1.Node
+	10, // 5: strait.v1.DeltaDiscoveryRequest.initial_resource_versions:type_name -> strait.v1.DeltaDiscoveryRequest.InitialResourceVersionsEntry
+	1,  // 6: strait.v1.DeltaDiscoveryRequest.error_detail:type_name -> strait.v1.RpcStatus
+	7,  // 7: strait.v1.DeltaDiscoveryResponse.resources:type_name -> strait.v1.Resource
+	11, // 8: strait.v1.Resource.resource:type_name -> google.protobuf.Any
+	9,  // 9: strait.v1.DiscoverySnapshot.resources:type_name -> strait.v1.SnapshotResource
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_discovery_proto_init() }
@@ -626,7 +843,7 @@ func file_discovery_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_discovery_proto_rawDesc), len(file_discovery_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   8,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

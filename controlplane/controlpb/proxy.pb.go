@@ -504,6 +504,135 @@ func (x *SessionNotice) GetNotice() string {
 	return ""
 }
 
+// SessionsSnapshot is what a control plane keeps on disk of the sessions it last saw.
+type SessionsSnapshot struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Format        uint32                 `protobuf:"varint,1,opt,name=format,proto3" json:"format,omitempty"` // 1
+	SavedMs       int64                  `protobuf:"varint,2,opt,name=saved_ms,json=savedMs,proto3" json:"saved_ms,omitempty"`
+	Sessions      []*SessionRecord       `protobuf:"bytes,3,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SessionsSnapshot) Reset() {
+	*x = SessionsSnapshot{}
+	mi := &file_proxy_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SessionsSnapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SessionsSnapshot) ProtoMessage() {}
+
+func (x *SessionsSnapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SessionsSnapshot.ProtoReflect.Descriptor instead.
+func (*SessionsSnapshot) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *SessionsSnapshot) GetFormat() uint32 {
+	if x != nil {
+		return x.Format
+	}
+	return 0
+}
+
+func (x *SessionsSnapshot) GetSavedMs() int64 {
+	if x != nil {
+		return x.SavedMs
+	}
+	return 0
+}
+
+func (x *SessionsSnapshot) GetSessions() []*SessionRecord {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+type SessionRecord struct {
+	state              protoimpl.MessageState `protogen:"open.v1"`
+	Last               *SessionReport         `protobuf:"bytes,1,opt,name=last,proto3" json:"last,omitempty"` // hello, full list of instances, the last decision of each service
+	SpiffeId           string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	LastReportMs       int64                  `protobuf:"varint,3,opt,name=last_report_ms,json=lastReportMs,proto3" json:"last_report_ms,omitempty"`
+	DecisionReceivedMs []int64                `protobuf:"varint,4,rep,packed,name=decision_received_ms,json=decisionReceivedMs,proto3" json:"decision_received_ms,omitempty"` // parallel to last.decisions
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *SessionRecord) Reset() {
+	*x = SessionRecord{}
+	mi := &file_proxy_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SessionRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SessionRecord) ProtoMessage() {}
+
+func (x *SessionRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SessionRecord.ProtoReflect.Descriptor instead.
+func (*SessionRecord) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *SessionRecord) GetLast() *SessionReport {
+	if x != nil {
+		return x.Last
+	}
+	return nil
+}
+
+func (x *SessionRecord) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *SessionRecord) GetLastReportMs() int64 {
+	if x != nil {
+		return x.LastReportMs
+	}
+	return 0
+}
+
+func (x *SessionRecord) GetDecisionReceivedMs() []int64 {
+	if x != nil {
+		return x.DecisionReceivedMs
+	}
+	return nil
+}
+
 // DecisionReport is what a sidecar decided for one service: the evidence behind `strait why`.
 type DecisionReport struct {
 	state            protoimpl.MessageState `protogen:"open.v1"`
@@ -526,7 +655,7 @@ type DecisionReport struct {
 
 func (x *DecisionReport) Reset() {
 	*x = DecisionReport{}
-	mi := &file_proxy_proto_msgTypes[7]
+	mi := &file_proxy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -538,7 +667,7 @@ func (x *DecisionReport) String() string {
 func (*DecisionReport) ProtoMessage() {}
 
 func (x *DecisionReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[7]
+	mi := &file_proxy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -551,7 +680,7 @@ func (x *DecisionReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionReport.ProtoReflect.Descriptor instead.
 func (*DecisionReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{7}
+	return file_proxy_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *DecisionReport) GetService() *ServiceRef {
@@ -655,7 +784,7 @@ type TierReport struct {
 
 func (x *TierReport) Reset() {
 	*x = TierReport{}
-	mi := &file_proxy_proto_msgTypes[8]
+	mi := &file_proxy_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +796,7 @@ func (x *TierReport) String() string {
 func (*TierReport) ProtoMessage() {}
 
 func (x *TierReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[8]
+	mi := &file_proxy_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +809,7 @@ func (x *TierReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TierReport.ProtoReflect.Descriptor instead.
 func (*TierReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{8}
+	return file_proxy_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TierReport) GetTier() int32 {
@@ -712,7 +841,7 @@ type MemberReport struct {
 
 func (x *MemberReport) Reset() {
 	*x = MemberReport{}
-	mi := &file_proxy_proto_msgTypes[9]
+	mi := &file_proxy_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -724,7 +853,7 @@ func (x *MemberReport) String() string {
 func (*MemberReport) ProtoMessage() {}
 
 func (x *MemberReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[9]
+	mi := &file_proxy_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -737,7 +866,7 @@ func (x *MemberReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberReport.ProtoReflect.Descriptor instead.
 func (*MemberReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{9}
+	return file_proxy_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *MemberReport) GetCluster() string {
@@ -801,7 +930,7 @@ type EjectionReport struct {
 
 func (x *EjectionReport) Reset() {
 	*x = EjectionReport{}
-	mi := &file_proxy_proto_msgTypes[10]
+	mi := &file_proxy_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +942,7 @@ func (x *EjectionReport) String() string {
 func (*EjectionReport) ProtoMessage() {}
 
 func (x *EjectionReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[10]
+	mi := &file_proxy_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +955,7 @@ func (x *EjectionReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EjectionReport.ProtoReflect.Descriptor instead.
 func (*EjectionReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{10}
+	return file_proxy_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *EjectionReport) GetCluster() string {
@@ -874,7 +1003,7 @@ type GatewayMessage struct {
 
 func (x *GatewayMessage) Reset() {
 	*x = GatewayMessage{}
-	mi := &file_proxy_proto_msgTypes[11]
+	mi := &file_proxy_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +1015,7 @@ func (x *GatewayMessage) String() string {
 func (*GatewayMessage) ProtoMessage() {}
 
 func (x *GatewayMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[11]
+	mi := &file_proxy_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +1028,7 @@ func (x *GatewayMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatewayMessage.ProtoReflect.Descriptor instead.
 func (*GatewayMessage) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{11}
+	return file_proxy_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GatewayMessage) GetMessage() isGatewayMessage_Message {
@@ -1021,7 +1150,7 @@ type ControlMessage struct {
 
 func (x *ControlMessage) Reset() {
 	*x = ControlMessage{}
-	mi := &file_proxy_proto_msgTypes[12]
+	mi := &file_proxy_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1033,7 +1162,7 @@ func (x *ControlMessage) String() string {
 func (*ControlMessage) ProtoMessage() {}
 
 func (x *ControlMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[12]
+	mi := &file_proxy_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1046,7 +1175,7 @@ func (x *ControlMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlMessage.ProtoReflect.Descriptor instead.
 func (*ControlMessage) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{12}
+	return file_proxy_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ControlMessage) GetMessage() isControlMessage_Message {
@@ -1178,7 +1307,7 @@ type GatewayHello struct {
 
 func (x *GatewayHello) Reset() {
 	*x = GatewayHello{}
-	mi := &file_proxy_proto_msgTypes[13]
+	mi := &file_proxy_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1319,7 @@ func (x *GatewayHello) String() string {
 func (*GatewayHello) ProtoMessage() {}
 
 func (x *GatewayHello) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[13]
+	mi := &file_proxy_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1332,7 @@ func (x *GatewayHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatewayHello.ProtoReflect.Descriptor instead.
 func (*GatewayHello) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{13}
+	return file_proxy_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GatewayHello) GetName() string {
@@ -1251,7 +1380,7 @@ type TunnelsReport struct {
 
 func (x *TunnelsReport) Reset() {
 	*x = TunnelsReport{}
-	mi := &file_proxy_proto_msgTypes[14]
+	mi := &file_proxy_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1263,7 +1392,7 @@ func (x *TunnelsReport) String() string {
 func (*TunnelsReport) ProtoMessage() {}
 
 func (x *TunnelsReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[14]
+	mi := &file_proxy_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1276,7 +1405,7 @@ func (x *TunnelsReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelsReport.ProtoReflect.Descriptor instead.
 func (*TunnelsReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{14}
+	return file_proxy_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TunnelsReport) GetTunnels() []*Tunnel {
@@ -1308,7 +1437,7 @@ type Tunnel struct {
 
 func (x *Tunnel) Reset() {
 	*x = Tunnel{}
-	mi := &file_proxy_proto_msgTypes[15]
+	mi := &file_proxy_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1449,7 @@ func (x *Tunnel) String() string {
 func (*Tunnel) ProtoMessage() {}
 
 func (x *Tunnel) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[15]
+	mi := &file_proxy_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1462,7 @@ func (x *Tunnel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tunnel.ProtoReflect.Descriptor instead.
 func (*Tunnel) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{15}
+	return file_proxy_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Tunnel) GetPeerTrustDomain() string {
@@ -1446,7 +1575,7 @@ type SignedHead struct {
 
 func (x *SignedHead) Reset() {
 	*x = SignedHead{}
-	mi := &file_proxy_proto_msgTypes[16]
+	mi := &file_proxy_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1458,7 +1587,7 @@ func (x *SignedHead) String() string {
 func (*SignedHead) ProtoMessage() {}
 
 func (x *SignedHead) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[16]
+	mi := &file_proxy_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1471,7 +1600,7 @@ func (x *SignedHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignedHead.ProtoReflect.Descriptor instead.
 func (*SignedHead) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{16}
+	return file_proxy_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SignedHead) GetHead() []byte {
@@ -1507,7 +1636,7 @@ type CatalogEntry struct {
 
 func (x *CatalogEntry) Reset() {
 	*x = CatalogEntry{}
-	mi := &file_proxy_proto_msgTypes[17]
+	mi := &file_proxy_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1519,7 +1648,7 @@ func (x *CatalogEntry) String() string {
 func (*CatalogEntry) ProtoMessage() {}
 
 func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[17]
+	mi := &file_proxy_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1532,7 +1661,7 @@ func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogEntry.ProtoReflect.Descriptor instead.
 func (*CatalogEntry) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{17}
+	return file_proxy_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CatalogEntry) GetKey() string {
@@ -1579,7 +1708,7 @@ type CatalogService struct {
 
 func (x *CatalogService) Reset() {
 	*x = CatalogService{}
-	mi := &file_proxy_proto_msgTypes[18]
+	mi := &file_proxy_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1720,7 @@ func (x *CatalogService) String() string {
 func (*CatalogService) ProtoMessage() {}
 
 func (x *CatalogService) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[18]
+	mi := &file_proxy_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +1733,7 @@ func (x *CatalogService) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogService.ProtoReflect.Descriptor instead.
 func (*CatalogService) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{18}
+	return file_proxy_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CatalogService) GetService() *ServiceRef {
@@ -1668,7 +1797,7 @@ type Offer struct {
 
 func (x *Offer) Reset() {
 	*x = Offer{}
-	mi := &file_proxy_proto_msgTypes[19]
+	mi := &file_proxy_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1680,7 +1809,7 @@ func (x *Offer) String() string {
 func (*Offer) ProtoMessage() {}
 
 func (x *Offer) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[19]
+	mi := &file_proxy_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1693,7 +1822,7 @@ func (x *Offer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offer.ProtoReflect.Descriptor instead.
 func (*Offer) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{19}
+	return file_proxy_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Offer) GetConsumerTrustDomain() string {
@@ -1731,7 +1860,7 @@ type CatalogUpdate struct {
 
 func (x *CatalogUpdate) Reset() {
 	*x = CatalogUpdate{}
-	mi := &file_proxy_proto_msgTypes[20]
+	mi := &file_proxy_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1743,7 +1872,7 @@ func (x *CatalogUpdate) String() string {
 func (*CatalogUpdate) ProtoMessage() {}
 
 func (x *CatalogUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[20]
+	mi := &file_proxy_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1756,7 +1885,7 @@ func (x *CatalogUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogUpdate.ProtoReflect.Descriptor instead.
 func (*CatalogUpdate) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{20}
+	return file_proxy_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CatalogUpdate) GetHead() *SignedHead {
@@ -1807,7 +1936,7 @@ type CatalogMark struct {
 
 func (x *CatalogMark) Reset() {
 	*x = CatalogMark{}
-	mi := &file_proxy_proto_msgTypes[21]
+	mi := &file_proxy_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1819,7 +1948,7 @@ func (x *CatalogMark) String() string {
 func (*CatalogMark) ProtoMessage() {}
 
 func (x *CatalogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[21]
+	mi := &file_proxy_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1832,7 +1961,7 @@ func (x *CatalogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogMark.ProtoReflect.Descriptor instead.
 func (*CatalogMark) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{21}
+	return file_proxy_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CatalogMark) GetOriginTrustDomain() string {
@@ -1873,7 +2002,7 @@ type PeerCatalog struct {
 
 func (x *PeerCatalog) Reset() {
 	*x = PeerCatalog{}
-	mi := &file_proxy_proto_msgTypes[22]
+	mi := &file_proxy_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1885,7 +2014,7 @@ func (x *PeerCatalog) String() string {
 func (*PeerCatalog) ProtoMessage() {}
 
 func (x *PeerCatalog) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[22]
+	mi := &file_proxy_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1898,7 +2027,7 @@ func (x *PeerCatalog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerCatalog.ProtoReflect.Descriptor instead.
 func (*PeerCatalog) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{22}
+	return file_proxy_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *PeerCatalog) GetOriginTrustDomain() string {
@@ -1929,7 +2058,7 @@ type Query struct {
 
 func (x *Query) Reset() {
 	*x = Query{}
-	mi := &file_proxy_proto_msgTypes[23]
+	mi := &file_proxy_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1941,7 +2070,7 @@ func (x *Query) String() string {
 func (*Query) ProtoMessage() {}
 
 func (x *Query) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[23]
+	mi := &file_proxy_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1954,7 +2083,7 @@ func (x *Query) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Query.ProtoReflect.Descriptor instead.
 func (*Query) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{23}
+	return file_proxy_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *Query) GetId() uint64 {
@@ -2006,7 +2135,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_proxy_proto_msgTypes[24]
+	mi := &file_proxy_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2018,7 +2147,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[24]
+	mi := &file_proxy_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2031,7 +2160,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{24}
+	return file_proxy_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Answer) GetId() uint64 {
@@ -2090,7 +2219,7 @@ type JoinDial struct {
 
 func (x *JoinDial) Reset() {
 	*x = JoinDial{}
-	mi := &file_proxy_proto_msgTypes[25]
+	mi := &file_proxy_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2231,7 @@ func (x *JoinDial) String() string {
 func (*JoinDial) ProtoMessage() {}
 
 func (x *JoinDial) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[25]
+	mi := &file_proxy_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2244,7 @@ func (x *JoinDial) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinDial.ProtoReflect.Descriptor instead.
 func (*JoinDial) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{25}
+	return file_proxy_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *JoinDial) GetId() uint64 {
@@ -2169,7 +2298,7 @@ type JoinFrame struct {
 
 func (x *JoinFrame) Reset() {
 	*x = JoinFrame{}
-	mi := &file_proxy_proto_msgTypes[26]
+	mi := &file_proxy_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2181,7 +2310,7 @@ func (x *JoinFrame) String() string {
 func (*JoinFrame) ProtoMessage() {}
 
 func (x *JoinFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[26]
+	mi := &file_proxy_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2194,7 +2323,7 @@ func (x *JoinFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinFrame.ProtoReflect.Descriptor instead.
 func (*JoinFrame) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{26}
+	return file_proxy_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *JoinFrame) GetId() uint64 {
@@ -2263,7 +2392,7 @@ type JoinOpened struct {
 
 func (x *JoinOpened) Reset() {
 	*x = JoinOpened{}
-	mi := &file_proxy_proto_msgTypes[27]
+	mi := &file_proxy_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2404,7 @@ func (x *JoinOpened) String() string {
 func (*JoinOpened) ProtoMessage() {}
 
 func (x *JoinOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[27]
+	mi := &file_proxy_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2417,7 @@ func (x *JoinOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinOpened.ProtoReflect.Descriptor instead.
 func (*JoinOpened) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{27}
+	return file_proxy_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *JoinOpened) GetExporter() []byte {
@@ -2400,7 +2529,16 @@ const file_proxy_proto_rawDesc = "" +
 	"\vinterval_ms\x18\x05 \x01(\x03R\n" +
 	"intervalMs\"'\n" +
 	"\rSessionNotice\x12\x16\n" +
-	"\x06notice\x18\x01 \x01(\tR\x06notice\"\xd2\x03\n" +
+	"\x06notice\x18\x01 \x01(\tR\x06notice\"{\n" +
+	"\x10SessionsSnapshot\x12\x16\n" +
+	"\x06format\x18\x01 \x01(\rR\x06format\x12\x19\n" +
+	"\bsaved_ms\x18\x02 \x01(\x03R\asavedMs\x124\n" +
+	"\bsessions\x18\x03 \x03(\v2\x18.strait.v1.SessionRecordR\bsessions\"\xb2\x01\n" +
+	"\rSessionRecord\x12,\n" +
+	"\x04last\x18\x01 \x01(\v2\x18.strait.v1.SessionReportR\x04last\x12\x1b\n" +
+	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12$\n" +
+	"\x0elast_report_ms\x18\x03 \x01(\x03R\flastReportMs\x120\n" +
+	"\x14decision_received_ms\x18\x04 \x03(\x03R\x12decisionReceivedMs\"\xd2\x03\n" +
 	"\x0eDecisionReport\x12/\n" +
 	"\aservice\x18\x01 \x01(\v2\x15.strait.v1.ServiceRefR\aservice\x12\x16\n" +
 	"\x06policy\x18\x02 \x01(\tR\x06policy\x12+\n" +
@@ -2585,7 +2723,7 @@ func file_proxy_proto_rawDescGZIP() []byte {
 	return file_proxy_proto_rawDescData
 }
 
-var file_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
 var file_proxy_proto_goTypes = []any{
 	(*RenewRequest)(nil),     // 0: strait.v1.RenewRequest
 	(*RenewResponse)(nil),    // 1: strait.v1.RenewResponse
@@ -2594,79 +2732,83 @@ var file_proxy_proto_goTypes = []any{
 	(*SessionReport)(nil),    // 4: strait.v1.SessionReport
 	(*SessionHello)(nil),     // 5: strait.v1.SessionHello
 	(*SessionNotice)(nil),    // 6: strait.v1.SessionNotice
-	(*DecisionReport)(nil),   // 7: strait.v1.DecisionReport
-	(*TierReport)(nil),       // 8: strait.v1.TierReport
-	(*MemberReport)(nil),     // 9: strait.v1.MemberReport
-	(*EjectionReport)(nil),   // 10: strait.v1.EjectionReport
-	(*GatewayMessage)(nil),   // 11: strait.v1.GatewayMessage
-	(*ControlMessage)(nil),   // 12: strait.v1.ControlMessage
-	(*GatewayHello)(nil),     // 13: strait.v1.GatewayHello
-	(*TunnelsReport)(nil),    // 14: strait.v1.TunnelsReport
-	(*Tunnel)(nil),           // 15: strait.v1.Tunnel
-	(*SignedHead)(nil),       // 16: strait.v1.SignedHead
-	(*CatalogEntry)(nil),     // 17: strait.v1.CatalogEntry
-	(*CatalogService)(nil),   // 18: strait.v1.CatalogService
-	(*Offer)(nil),            // 19: strait.v1.Offer
-	(*CatalogUpdate)(nil),    // 20: strait.v1.CatalogUpdate
-	(*CatalogMark)(nil),      // 21: strait.v1.CatalogMark
-	(*PeerCatalog)(nil),      // 22: strait.v1.PeerCatalog
-	(*Query)(nil),            // 23: strait.v1.Query
-	(*Answer)(nil),           // 24: strait.v1.Answer
-	(*JoinDial)(nil),         // 25: strait.v1.JoinDial
-	(*JoinFrame)(nil),        // 26: strait.v1.JoinFrame
-	(*JoinOpened)(nil),       // 27: strait.v1.JoinOpened
-	nil,                      // 28: strait.v1.CatalogService.ZonesEntry
-	(*Locality)(nil),         // 29: strait.v1.Locality
-	(*InstanceHealth)(nil),   // 30: strait.v1.InstanceHealth
-	(*ServiceRef)(nil),       // 31: strait.v1.ServiceRef
-	(*ServicePort)(nil),      // 32: strait.v1.ServicePort
-	(*OwnerLimits)(nil),      // 33: strait.v1.OwnerLimits
-	(*HealthCounts)(nil),     // 34: strait.v1.HealthCounts
+	(*SessionsSnapshot)(nil), // 7: strait.v1.SessionsSnapshot
+	(*SessionRecord)(nil),    // 8: strait.v1.SessionRecord
+	(*DecisionReport)(nil),   // 9: strait.v1.DecisionReport
+	(*TierReport)(nil),       // 10: strait.v1.TierReport
+	(*MemberReport)(nil),     // 11: strait.v1.MemberReport
+	(*EjectionReport)(nil),   // 12: strait.v1.EjectionReport
+	(*GatewayMessage)(nil),   // 13: strait.v1.GatewayMessage
+	(*ControlMessage)(nil),   // 14: strait.v1.ControlMessage
+	(*GatewayHello)(nil),     // 15: strait.v1.GatewayHello
+	(*TunnelsReport)(nil),    // 16: strait.v1.TunnelsReport
+	(*Tunnel)(nil),           // 17: strait.v1.Tunnel
+	(*SignedHead)(nil),       // 18: strait.v1.SignedHead
+	(*CatalogEntry)(nil),     // 19: strait.v1.CatalogEntry
+	(*CatalogService)(nil),   // 20: strait.v1.CatalogService
+	(*Offer)(nil),            // 21: strait.v1.Offer
+	(*CatalogUpdate)(nil),    // 22: strait.v1.CatalogUpdate
+	(*CatalogMark)(nil),      // 23: strait.v1.CatalogMark
+	(*PeerCatalog)(nil),      // 24: strait.v1.PeerCatalog
+	(*Query)(nil),            // 25: strait.v1.Query
+	(*Answer)(nil),           // 26: strait.v1.Answer
+	(*JoinDial)(nil),         // 27: strait.v1.JoinDial
+	(*JoinFrame)(nil),        // 28: strait.v1.JoinFrame
+	(*JoinOpened)(nil),       // 29: strait.v1.JoinOpened
+	nil,                      // 30: strait.v1.CatalogService.ZonesEntry
+	(*Locality)(nil),         // 31: strait.v1.Locality
+	(*InstanceHealth)(nil),   // 32: strait.v1.InstanceHealth
+	(*ServiceRef)(nil),       // 33: strait.v1.ServiceRef
+	(*ServicePort)(nil),      // 34: strait.v1.ServicePort
+	(*OwnerLimits)(nil),      // 35: strait.v1.OwnerLimits
+	(*HealthCounts)(nil),     // 36: strait.v1.HealthCounts
 }
 var file_proxy_proto_depIdxs = []int32{
-	29, // 0: strait.v1.RegisterResponse.locality:type_name -> strait.v1.Locality
+	31, // 0: strait.v1.RegisterResponse.locality:type_name -> strait.v1.Locality
 	5,  // 1: strait.v1.SessionReport.hello:type_name -> strait.v1.SessionHello
-	30, // 2: strait.v1.SessionReport.instances:type_name -> strait.v1.InstanceHealth
-	7,  // 3: strait.v1.SessionReport.decisions:type_name -> strait.v1.DecisionReport
-	29, // 4: strait.v1.SessionHello.locality:type_name -> strait.v1.Locality
-	31, // 5: strait.v1.DecisionReport.service:type_name -> strait.v1.ServiceRef
-	8,  // 6: strait.v1.DecisionReport.tiers:type_name -> strait.v1.TierReport
-	10, // 7: strait.v1.DecisionReport.ejections:type_name -> strait.v1.EjectionReport
-	9,  // 8: strait.v1.TierReport.members:type_name -> strait.v1.MemberReport
-	13, // 9: strait.v1.GatewayMessage.hello:type_name -> strait.v1.GatewayHello
-	14, // 10: strait.v1.GatewayMessage.tunnels:type_name -> strait.v1.TunnelsReport
-	22, // 11: strait.v1.GatewayMessage.catalog:type_name -> strait.v1.PeerCatalog
-	23, // 12: strait.v1.GatewayMessage.query:type_name -> strait.v1.Query
-	24, // 13: strait.v1.GatewayMessage.answer:type_name -> strait.v1.Answer
-	26, // 14: strait.v1.GatewayMessage.join:type_name -> strait.v1.JoinFrame
-	19, // 15: strait.v1.ControlMessage.offer:type_name -> strait.v1.Offer
-	23, // 16: strait.v1.ControlMessage.query:type_name -> strait.v1.Query
-	24, // 17: strait.v1.ControlMessage.answer:type_name -> strait.v1.Answer
-	25, // 18: strait.v1.ControlMessage.join_dial:type_name -> strait.v1.JoinDial
-	26, // 19: strait.v1.ControlMessage.join:type_name -> strait.v1.JoinFrame
-	21, // 20: strait.v1.ControlMessage.mark:type_name -> strait.v1.CatalogMark
-	15, // 21: strait.v1.TunnelsReport.tunnels:type_name -> strait.v1.Tunnel
-	31, // 22: strait.v1.CatalogService.service:type_name -> strait.v1.ServiceRef
-	32, // 23: strait.v1.CatalogService.ports:type_name -> strait.v1.ServicePort
-	28, // 24: strait.v1.CatalogService.zones:type_name -> strait.v1.CatalogService.ZonesEntry
-	33, // 25: strait.v1.CatalogService.limits:type_name -> strait.v1.OwnerLimits
-	20, // 26: strait.v1.Offer.update:type_name -> strait.v1.CatalogUpdate
-	16, // 27: strait.v1.CatalogUpdate.head:type_name -> strait.v1.SignedHead
-	17, // 28: strait.v1.CatalogUpdate.entries:type_name -> strait.v1.CatalogEntry
-	20, // 29: strait.v1.PeerCatalog.update:type_name -> strait.v1.CatalogUpdate
-	27, // 30: strait.v1.JoinFrame.opened:type_name -> strait.v1.JoinOpened
-	34, // 31: strait.v1.CatalogService.ZonesEntry.value:type_name -> strait.v1.HealthCounts
-	0,  // 32: strait.v1.Identity.Renew:input_type -> strait.v1.RenewRequest
-	4,  // 33: strait.v1.Sessions.Report:input_type -> strait.v1.SessionReport
-	11, // 34: strait.v1.Gateways.Link:input_type -> strait.v1.GatewayMessage
-	1,  // 35: strait.v1.Identity.Renew:output_type -> strait.v1.RenewResponse
-	6,  // 36: strait.v1.Sessions.Report:output_type -> strait.v1.SessionNotice
-	12, // 37: strait.v1.Gateways.Link:output_type -> strait.v1.ControlMessage
-	35, // [35:38] is the sub-list for method output_type
-	32, // [32:35] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	32, // 2: strait.v1.SessionReport.instances:type_name -> strait.v1.InstanceHealth
+	9,  // 3: strait.v1.SessionReport.decisions:type_name -> strait.v1.DecisionReport
+	31, // 4: strait.v1.SessionHello.locality:type_name -> strait.v1.Locality
+	8,  // 5: strait.v1.SessionsSnapshot.sessions:type_name -> strait.v1.SessionRecord
+	4,  // 6: strait.v1.SessionRecord.last:type_name -> strait.v1.SessionReport
+	33, // 7: strait.v1.DecisionReport.service:type_name -> strait.v1.ServiceRef
+	10, // 8: strait.v1.DecisionReport.tiers:type_name -> strait.v1.TierReport
+	12, // 9: strait.v1.DecisionReport.ejections:type_name -> strait.v1.EjectionReport
+	11, // 10: strait.v1.TierReport.members:type_name -> strait.v1.MemberReport
+	15, // 11: strait.v1.GatewayMessage.hello:type_name -> strait.v1.GatewayHello
+	16, // 12: strait.v1.GatewayMessage.tunnels:type_name -> strait.v1.TunnelsReport
+	24, // 13: strait.v1.GatewayMessage.catalog:type_name -> strait.v1.PeerCatalog
+	25, // 14: strait.v1.GatewayMessage.query:type_name -> strait.v1.Query
+	26, // 15: strait.v1.GatewayMessage.answer:type_name -> strait.v1.Answer
+	28, // 16: strait.v1.GatewayMessage.join:type_name -> strait.v1.JoinFrame
+	21, // 17: strait.v1.ControlMessage.offer:type_name -> strait.v1.Offer
+	25, // 18: strait.v1.ControlMessage.query:type_name -> strait.v1.Query
+	26, // 19: strait.v1.ControlMessage.answer:type_name -> strait.v1.Answer
+	27, // 20: strait.v1.ControlMessage.join_dial:type_name -> strait.v1.JoinDial
+	28, // 21: strait.v1.ControlMessage.join:type_name -> strait.v1.JoinFrame
+	23, // 22: strait.v1.ControlMessage.mark:type_name -> strait.v1.CatalogMark
+	17, // 23: strait.v1.TunnelsReport.tunnels:type_name -> strait.v1.Tunnel
+	33, // 24: strait.v1.CatalogService.service:type_name -> strait.v1.ServiceRef
+	34, // 25: strait.v1.CatalogService.ports:type_name -> strait.v1.ServicePort
+	30, // 26: strait.v1.CatalogService.zones:type_name -> strait.v1.CatalogService.ZonesEntry
+	35, // 27: strait.v1.CatalogService.limits:type_name -> strait.v1.OwnerLimits
+	22, // 28: strait.v1.Offer.update:type_name -> strait.v1.CatalogUpdate
+	18, // 29: strait.v1.CatalogUpdate.head:type_name -> strait.v1.SignedHead
+	19, // 30: strait.v1.CatalogUpdate.entries:type_name -> strait.v1.CatalogEntry
+	22, // 31: strait.v1.PeerCatalog.update:type_name -> strait.v1.CatalogUpdate
+	29, // 32: strait.v1.JoinFrame.opened:type_name -> strait.v1.JoinOpened
+	36, // 33: strait.v1.CatalogService.ZonesEntry.value:type_name -> strait.v1.HealthCounts
+	0,  // 34: strait.v1.Identity.Renew:input_type -> strait.v1.RenewRequest
+	4,  // 35: strait.v1.Sessions.Report:input_type -> strait.v1.SessionReport
+	13, // 36: strait.v1.Gateways.Link:input_type -> strait.v1.GatewayMessage
+	1,  // 37: strait.v1.Identity.Renew:output_type -> strait.v1.RenewResponse
+	6,  // 38: strait.v1.Sessions.Report:output_type -> strait.v1.SessionNotice
+	14, // 39: strait.v1.Gateways.Link:output_type -> strait.v1.ControlMessage
+	37, // [37:40] is the sub-list for method output_type
+	34, // [34:37] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_proxy_proto_init() }
@@ -2675,7 +2817,7 @@ func file_proxy_proto_init() {
 		return
 	}
 	file_resources_proto_init()
-	file_proxy_proto_msgTypes[11].OneofWrappers = []any{
+	file_proxy_proto_msgTypes[13].OneofWrappers = []any{
 		(*GatewayMessage_Hello)(nil),
 		(*GatewayMessage_Tunnels)(nil),
 		(*GatewayMessage_Catalog)(nil),
@@ -2683,7 +2825,7 @@ func file_proxy_proto_init() {
 		(*GatewayMessage_Answer)(nil),
 		(*GatewayMessage_Join)(nil),
 	}
-	file_proxy_proto_msgTypes[12].OneofWrappers = []any{
+	file_proxy_proto_msgTypes[14].OneofWrappers = []any{
 		(*ControlMessage_Offer)(nil),
 		(*ControlMessage_Query)(nil),
 		(*ControlMessage_Answer)(nil),
@@ -2698,7 +2840,7 @@ func file_proxy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proxy_proto_rawDesc), len(file_proxy_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   29,
+			NumMessages:   31,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

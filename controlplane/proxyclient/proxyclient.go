@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxyclient
+
+import (
+	"context"
+	"log/slog"
+	"net"
+	"time"
+
+	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/internal/datadir"
+	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/spiffeid"
+)
+
+// Role is what a proxy is.
+type Role string
+
+// The roles.
+const (
+	Gateway Role = "gateway"
+	Sidecar Role = "sidecar"
+)
+
+// Config says who the proxy is and where its control plane answers.
+type Config struct {
+	Role         Role
+	Name         string        // a gateway's name, a sidecar's "<namespace>/<proxy>"
+	DataDir      *datadir.Dir  // identity, bundles and the snapshot live here; required
+	ControlPlane []string      // host:port of each replica; used in turn
+	TokenFile    string        // registration token, read when there is no usable identity
+	Source       *trust.Source // filled and kept; nil: a new one
+	Version      string        // of this program
+	// RenewEvery is the mean time between renewals (1 h); the actual one is drawn from ±10 %. Raising it costs margin: an
+	// identity that is not renewed for its lifetime (36 h) stops working.
+	RenewEvery time.Duration
+	// SnapshotEvery is the least time between two writes of the snapshot (1 s). Raising it costs freshness after a crash.
+	SnapshotEvery time.Duration
+	Dial          func(ctx context.Context, addr string) (net.Conn, error) // nil: TCP
+	Now           func() time.Time
+	Logger        *slog.Logger
+}
+
+// Info is what the registration told the proxy about itself.
+type Info struct {
+	Name        string
+	ID          spiffeid.ID
+	TrustDomain spiffeid.TrustDomain
+	Cluster     federation.ClusterName
+	Federation  federation.FederationName
+	Locality    federation.Locality
+}
+
+// State says what is known of a resource.
+type State int
+
+// The states of a resource.
+const (
+	Unknown State = iota // nobody has said anything yet
+	Known
+	Absent // the control plane says that it does not exist
+)
+
+// Change is one change of one subscribed resource.
+type Change struct {
+	TypeURL string
+	Name    string
+	Message proto.Message // nil: removed, or told to be absent
+	More    bool          // further changes of the same response follow at once
+}
+
+// Status is how the client and its control plane get along.
+type Status struct {
+	Connected bool      // a discovery stream is open
+	Since     time.Time // of Connected
+	LastError error     // of the last stream or renewal that failed; nil after a success
+	Renewed   time.Time // last time an identity was obtained
+	NotAfter  time.Time // of the identity in use
+}
+
+// Client is the proxy's side of its control plane's port.
+type Client struct{ clientState }
+
+// Open loads identity, bundle and snapshot from the data directory, or registers with the token, and returns a Client
+// that can answer from its snapshot. It contacts the control plane only when there is no usable identity, and then waits
+// for it until ctx ends.
+func Open(ctx context.Context, cfg Config) (*Client, error) { return open(ctx, cfg) }
+
+// Run renews the identity, follows the subscriptions and writes the snapshot until ctx ends. It closes the connection and
+// returns nil after all of its goroutines have ended.
+func (c *Client) Run(ctx context.Context) error { return c.run(ctx) }
+
+// Close releases the connection of a Client that was never run. It is idempotent.
+func (c *Client) Close() error { return c.close() }
+
+// Source holds the proxy's identity and bundles.
+func (c *Client) Source() *trust.Source { return c.source }
+
+// Conn is the connection to the control plane. RPCs on it fail fast while it is away unless they wait for ready.
+func (c *Client) Conn() grpc.ClientConnInterface { return c.conn }
+
+// Info is who the proxy is.
+func (c *Client) Info() Info { return c.info.value() }
+
+// Status is how it goes.
+func (c *Client) Status() Status { return c.status() }
+
+// Subscribe asks for the named resources of a type, now and after each reconnect.
+func (c *Client) Subscribe(typeURL string, names ...string) { c.subscribe(typeURL, names) }
+
+// SubscribeAll asks for all resources of a type that this proxy may see.
+func (c *Client) SubscribeAll(typeURL string) { c.subscribe(typeURL, []string{wildcard}) }
+
+// Unsubscribe forgets the named resources. Watchers are not told.
+func (c *Client) Unsubscribe(typeURL string, names ...string) { c.unsubscribe(typeURL, names) }
+
+// Get returns the message of a subscribed resource, and what is known of it. The message is shared: do not modify it.
+func (c *Client) Get(typeURL, name string) (proto.Message, State) { return c.get(typeURL, name) }
+
+// List returns all known subscribed resources of a type by name. The messages are shared: do not modify them.
+func (c *Client) List(typeURL string) map[string]proto.Message { return c.list(typeURL) }
+
+// Wait returns as soon as the resource is known or absent, or with ctx's error.
+func (c *Client) Wait(ctx context.Context, typeURL, name string) (proto.Message, State, error) {
+	return c.wait(ctx, typeURL, name)
+}
+
+// Watch calls f for every subscribed resource that is known, then for each change, until cancel is called. Get and List
+// already show a change while f is told of it. If f returns an error, the control plane is told (NACK), the previous version
+// is restored, and watchers that were told of the new one are told of the previous one again.
+func (c *Client) Watch(f func(Change) error) (cancel func()) { return c.watch(f) }
+
+// PushSpans hands spans to the control plane as OTLP.
+func (c *Client) PushSpans(ctx context.Context, spans *tracepb.TracesData) error {
+	return c.pushSpans(ctx, spans)
+}
