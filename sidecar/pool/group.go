@@ -1,0 +1,655 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package pool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/strait-mesh/strait/federation"
+)
+
+// Conn is a connection that carries several pieces of work at a time.
+type Conn interface {
+	// Usable says whether it takes another piece of work now.
+	Usable() bool
+	// Retire ends it when its last piece of work has ended.
+	Retire()
+	// Close ends it at once.
+	Close() error
+	// Done is closed when it has ended.
+	Done() <-chan struct{}
+}
+
+// Endpoint is a sidecar of the own cluster.
+type Endpoint struct {
+	Key      string
+	Weight   int // routable instances behind it; 0: none
+	Draining bool
+}
+
+// Want says where a dial should lead.
+type Want struct {
+	Key   string   // endpoint, own cluster only
+	Avoid []string // keys not to be led to, remote only
+}
+
+// Failure is why a dial failed, as far as it concerns the books.
+type Failure struct {
+	// Key of the instance that failed; empty if it is not known which.
+	Key string
+	// Cluster says that the answer speaks for the whole cluster (a typed reply).
+	Cluster bool
+	// Neutral says that neither is to blame (this side's gateway went away, a limit was met).
+	Neutral bool
+	Reason  federation.Reason
+	Err     error
+}
+
+// Error returns the cause's message.
+func (f *Failure) Error() string { return fmt.Sprintf("%s: %v", f.Reason, f.Err) }
+
+// Unwrap returns the cause.
+func (f *Failure) Unwrap() error { return f.Err }
+
+// ErrNone says that every endpoint is avoided, ejected or absent.
+var ErrNone = errors.New("pool: no endpoint left")
+
+// errClosed says that the group was closed.
+var errClosed = errors.New("pool: closed")
+
+// Config is a Group's.
+type Config struct {
+	Figures
+	// Remote groups have handles instead of endpoints.
+	Remote bool
+	// Dial makes a connection and says which endpoint it leads to. Errors should be *Failure.
+	Dial func(ctx context.Context, w Want) (c Conn, key string, err error)
+	// DialTimeout bounds one dial. Default 2 s: longer survives slower paths, and delays the move to another endpoint.
+	DialTimeout time.Duration
+	// Busy is how much work in flight makes another connection to the same endpoint worth its handshake. Default 64.
+	Busy int
+	// Changed is called, without locks, when evidence may have changed. It must not block.
+	Changed func()
+	// Ejected is called when an endpoint was ejected.
+	Ejected func(reason federation.Reason)
+	Now     func() time.Time
+}
+
+func (c Config) withDefaults() Config {
+	c.Figures = c.Figures.withDefaults()
+	if c.DialTimeout <= 0 {
+		c.DialTimeout = 2 * time.Second
+	}
+	if c.Busy <= 0 {
+		c.Busy = 64
+	}
+	if c.Changed == nil {
+		c.Changed = func() {}
+	}
+	if c.Ejected == nil {
+		c.Ejected = func(federation.Reason) {}
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	return c
+}
+
+// whole is the key of the book on the whole remote cluster.
+const whole = ""
+
+// maxConnsPerEndpoint bounds the connections to one endpoint of the own cluster.
+const maxConnsPerEndpoint = 4
+
+// Group is the ways to one port in one cluster. See the package comment.
+type Group struct {
+	cfg    Config
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	mu        sync.Mutex
+	closed    bool
+	endpoints []Endpoint // own cluster
+	target    int        // remote: connections wanted
+	growAfter time.Time  // remote: no other instance was found, look again then
+	books     map[string]*book
+	conns     map[string][]*pooled
+	all       map[*pooled]struct{} // retired ones too
+	dials     map[string]*dial
+	probes    map[string]bool
+	used      time.Time
+}
+
+type pooled struct {
+	Conn
+	key      string
+	inFlight int
+	retired  bool
+}
+
+type dial struct {
+	done chan struct{}
+	err  error
+}
+
+// New returns a Group without endpoints.
+func New(cfg Config) *Group {
+	g := &Group{
+		cfg: cfg.withDefaults(), books: map[string]*book{}, conns: map[string][]*pooled{},
+		all: map[*pooled]struct{}{}, dials: map[string]*dial{}, probes: map[string]bool{}, target: 1,
+	}
+	g.ctx, g.cancel = context.WithCancel(context.Background())
+	return g
+}
+
+// SetEndpoints replaces the endpoints of an own-cluster group. Connections to absent or draining ones are retired.
+func (g *Group) SetEndpoints(list []Endpoint) {
+	g.mu.Lock()
+	g.endpoints = slices.Clone(list)
+	keep := map[string]bool{}
+	for _, e := range list {
+		keep[e.Key] = true
+	}
+	var retire []*pooled
+	for key, conns := range g.conns {
+		if !keep[key] {
+			retire = append(retire, conns...)
+			for _, c := range conns {
+				c.retired = true
+			}
+			delete(g.conns, key)
+		}
+	}
+	for key, b := range g.books {
+		if !keep[key] && b.inFlight == 0 {
+			delete(g.books, key)
+		}
+	}
+	g.mu.Unlock()
+	for _, c := range retire {
+		c.Retire()
+	}
+}
+
+// SetHealthy tells a remote group how many instances its cluster has: it keeps min(4, healthy) connections.
+func (g *Group) SetHealthy(n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if t := max(1, min(4, n)); t != g.target {
+		g.target, g.growAfter = t, time.Time{}
+	}
+}
+
+// Lease is one use of a way. Done must be called once.
+type Lease struct {
+	Key   string
+	Conn  Conn // nil for a Choose
+	g     *Group
+	c     *pooled
+	start time.Time
+	once  sync.Once
+}
+
+// Done ends the lease. err may carry why.
+func (l *Lease) Done(o Outcome, err error) {
+	l.once.Do(func() { l.g.done(l, o, err) })
+}
+
+// Get returns a pooled connection, dialling when there is none. avoid names keys to leave out. With force, ejected endpoints
+// are used when nothing else is left.
+func (g *Group) Get(ctx context.Context, avoid func(key string) bool, force bool) (*Lease, error) {
+	for range 4 {
+		l, d, err := g.tryGet(avoid, force)
+		if l != nil || err != nil {
+			return l, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-d.done:
+			if d.err != nil {
+				return nil, d.err
+			}
+		}
+	}
+	return nil, ErrNone
+}
+
+// tryGet returns a lease, or a dial to wait for.
+func (g *Group) tryGet(avoid func(string) bool, force bool) (*Lease, *dial, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return nil, nil, errClosed
+	}
+	now := g.cfg.Now()
+	g.used = now
+	if g.cfg.Remote {
+		return g.tryRemoteLocked(now, avoid, force)
+	}
+	e, ok := g.chooseLocked(now, avoid, force)
+	if !ok {
+		return nil, nil, ErrNone
+	}
+	c := g.leastLocked(g.conns[e.Key])
+	if c != nil {
+		if c.inFlight >= g.cfg.Busy && len(g.conns[e.Key]) < maxConnsPerEndpoint {
+			g.dialLocked(e.Key)
+		}
+		return g.leaseLocked(now, c), nil, nil
+	}
+	return nil, g.dialLocked(e.Key), nil
+}
+
+func (g *Group) tryRemoteLocked(now time.Time, avoid func(string) bool, force bool) (*Lease, *dial, error) {
+	if b := g.books[whole]; b != nil && b.isEjected(now) && !force {
+		return nil, nil, &Failure{Cluster: true, Reason: b.reason, Err: errors.New(b.why)}
+	}
+	var good, ejected []*pooled
+	n, avoided := 0, 0
+	for key, conns := range g.conns {
+		n += len(conns)
+		if avoid != nil && avoid(key) {
+			avoided++
+			continue
+		}
+		c := g.leastLocked(conns)
+		switch {
+		case c == nil:
+		case g.bookLocked(key).isEjected(now):
+			ejected = append(ejected, c)
+		default:
+			good = append(good, c)
+		}
+	}
+	if n < g.target && len(good) > 0 && !now.Before(g.growAfter) {
+		g.dialLocked(whole)
+	}
+	if len(good) == 0 && !now.Before(g.growAfter) {
+		return nil, g.dialLocked(whole), nil
+	}
+	if len(good) == 0 && force {
+		good = ejected
+	}
+	if len(good) == 0 {
+		if n == 0 || force && avoided == 0 {
+			return nil, g.dialLocked(whole), nil
+		}
+		return nil, nil, ErrNone
+	}
+	a := good[rand.IntN(len(good))]
+	if len(good) > 1 {
+		b := good[rand.IntN(len(good))]
+		if g.bookLocked(b.key).load(1) < g.bookLocked(a.key).load(1) {
+			a = b
+		}
+	}
+	return g.leaseLocked(now, a), nil, nil
+}
+
+// Choose picks an endpoint of an own-cluster group for a connection that the caller dials itself; for a remote group it returns
+// a lease without a key, and the keys to avoid are those of Avoid.
+func (g *Group) Choose(avoid func(key string) bool, force bool) (*Lease, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.cfg.Now()
+	g.used = now
+	if g.closed {
+		return nil, errClosed
+	}
+	if g.cfg.Remote {
+		if b := g.books[whole]; b != nil && b.isEjected(now) && !force {
+			return nil, &Failure{Cluster: true, Reason: b.reason, Err: errors.New(b.why)}
+		}
+		return &Lease{g: g, start: now}, nil
+	}
+	e, ok := g.chooseLocked(now, avoid, force)
+	if !ok {
+		return nil, ErrNone
+	}
+	g.bookLocked(e.Key).inFlight++
+	return &Lease{Key: e.Key, g: g, start: now}, nil
+}
+
+// Reached tells a lease from Choose on a remote group where its dial led.
+func (l *Lease) Reached(key string) {
+	l.g.mu.Lock()
+	defer l.g.mu.Unlock()
+	if l.Key != "" || l.c != nil {
+		return
+	}
+	l.Key = key
+	b := l.g.bookLocked(key)
+	b.inFlight++
+	b.fails = 0
+	l.g.reachedLocked(whole)
+}
+
+// Avoid returns the ejected keys, at most n, for dials.
+func (g *Group) Avoid(n int) []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.cfg.Now()
+	var keys []string
+	for key, b := range g.books {
+		if key != whole && b.isEjected(now) && len(keys) < n {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
+func (g *Group) chooseLocked(now time.Time, avoid func(string) bool, force bool) (Endpoint, bool) {
+	var good, spare []Endpoint
+	for _, e := range g.endpoints {
+		switch {
+		case avoid != nil && avoid(e.Key):
+		case e.Draining, e.Weight == 0, g.bookLocked(e.Key).isEjected(now):
+			spare = append(spare, e)
+		default:
+			good = append(good, e)
+		}
+	}
+	if len(good) == 0 && force {
+		good = spare
+	}
+	if len(good) == 0 {
+		return Endpoint{}, false
+	}
+	a := good[rand.IntN(len(good))]
+	if len(good) > 1 {
+		b := good[rand.IntN(len(good))]
+		if g.bookLocked(b.Key).load(b.Weight) < g.bookLocked(a.Key).load(a.Weight) {
+			a = b
+		}
+	}
+	return a, true
+}
+
+func (g *Group) bookLocked(key string) *book {
+	b := g.books[key]
+	if b == nil {
+		b = &book{}
+		g.books[key] = b
+	}
+	b.seen = g.cfg.Now()
+	return b
+}
+
+func (g *Group) leastLocked(conns []*pooled) *pooled {
+	var best *pooled
+	for _, c := range conns {
+		if !c.retired && c.Usable() && (best == nil || c.inFlight < best.inFlight) {
+			best = c
+		}
+	}
+	return best
+}
+
+func (g *Group) leaseLocked(now time.Time, c *pooled) *Lease {
+	c.inFlight++
+	g.bookLocked(c.key).inFlight++
+	return &Lease{Key: c.key, Conn: c.Conn, g: g, c: c, start: now}
+}
+
+func (g *Group) done(l *Lease, o Outcome, err error) {
+	g.mu.Lock()
+	now := g.cfg.Now()
+	if l.c != nil {
+		l.c.inFlight--
+	}
+	if l.Key == "" { // a remote Choose whose dial failed
+		g.mu.Unlock()
+		if o != Neutral {
+			g.failed(Want{}, asFailure(err))
+		}
+		return
+	}
+	b := g.bookLocked(l.Key)
+	b.inFlight--
+	var ejected federation.Reason
+	wasEjected := b.ejected
+	switch o {
+	case OK:
+		b.observe(now, now.Sub(l.start))
+		b.streak, b.fails = 0, 0
+	case ServerError, Reset:
+		b.streak++
+		if b.streak >= g.cfg.Streak && !b.isEjected(now) && g.mayEjectLocked(now, l.Key) {
+			why := fmt.Sprintf("%d server errors running", b.streak)
+			b.eject(now, g.cfg.EjectFor, false, federation.OutlierEjected, why)
+			ejected = federation.OutlierEjected
+		}
+	case Unreachable:
+		g.mu.Unlock()
+		f := asFailure(err)
+		if f.Key == "" && !f.Cluster {
+			f.Key = l.Key
+		}
+		g.failed(Want{Key: l.Key}, f)
+		return
+	case NoInstance:
+		if !b.isEjected(now) {
+			g.hardLocked(now, l.Key, federation.NoEndpoints, "no healthy instance behind it")
+			ejected = federation.NoEndpoints
+		}
+	}
+	changed := wasEjected != b.ejected
+	g.mu.Unlock()
+	if ejected != "" {
+		g.cfg.Ejected(ejected)
+	}
+	if changed || ejected != "" {
+		g.cfg.Changed()
+	}
+}
+
+// mayEjectLocked: a streak never removes the last endpoint of the own cluster; handles may all go (the cluster is down then).
+func (g *Group) mayEjectLocked(now time.Time, key string) bool {
+	if g.cfg.Remote {
+		return true
+	}
+	for _, e := range g.endpoints {
+		if e.Key != key && !e.Draining && e.Weight > 0 && !g.bookLocked(e.Key).isEjected(now) {
+			return true
+		}
+	}
+	return false
+}
+
+// hardLocked ejects key until it is reached again: an own endpoint and a whole cluster are probed, a handle is timed.
+func (g *Group) hardLocked(now time.Time, key string, reason federation.Reason, why string) {
+	b := g.bookLocked(key)
+	b.fails++
+	pause := min(g.cfg.Retry<<min(b.fails-1, 10), g.cfg.EjectFor)
+	if g.cfg.Remote && key != whole {
+		b.eject(now, pause, false, reason, why)
+		return
+	}
+	b.eject(now, pause, true, reason, why)
+	if !g.probes[key] && !g.closed {
+		g.probes[key] = true
+		g.wg.Go(func() { g.probe(key) })
+	}
+}
+
+func asFailure(err error) *Failure {
+	var f *Failure
+	if errors.As(err, &f) {
+		c := *f
+		return &c
+	}
+	if err == nil {
+		err = errors.New("not reached")
+	}
+	return &Failure{Reason: federation.PeerUnreachable, Err: err}
+}
+
+// failed enters a failed dial.
+func (g *Group) failed(w Want, f *Failure) {
+	if f.Neutral {
+		return
+	}
+	g.mu.Lock()
+	key := f.Key
+	switch {
+	case f.Cluster:
+		key = whole
+	case key == "" && w.Key != "":
+		key = w.Key
+	}
+	b := g.bookLocked(key)
+	fresh := !b.isEjected(g.cfg.Now())
+	if key == whole && !f.Cluster && g.cfg.Remote {
+		// nobody said that the cluster is down: only a second failure in a row says so
+		b.streak++
+		fresh = fresh && b.streak >= 2
+	}
+	if fresh {
+		g.hardLocked(g.cfg.Now(), key, f.Reason, f.Err.Error())
+	}
+	g.mu.Unlock()
+	if fresh {
+		g.cfg.Ejected(f.Reason)
+		g.cfg.Changed()
+	}
+}
+
+func (g *Group) reachedLocked(key string) (changed bool) {
+	b := g.books[key]
+	if b == nil {
+		return false
+	}
+	b.streak, b.fails = 0, 0
+	if b.ejected && b.hard {
+		b.ejected, b.hard = false, false
+		return true
+	}
+	return false
+}
+
+// Evidence returns what the group's experience says now.
+func (g *Group) Evidence() Evidence {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := g.cfg.Now()
+	e := Evidence{Active: !g.used.IsZero() && now.Sub(g.used) < time.Minute}
+	if len(g.probes) > 0 {
+		e.Active = true
+	}
+	if g.cfg.Remote {
+		g.remoteEvidenceLocked(now, &e)
+		return e
+	}
+	hard := 0
+	for _, ep := range g.endpoints {
+		if ep.Draining {
+			continue
+		}
+		e.Candidates++
+		b := g.books[ep.Key]
+		if b == nil || !b.isEjected(now) {
+			continue
+		}
+		e.Ejected += max(ep.Weight, 1)
+		x := Ejection{Key: ep.Key, Reason: b.reason, Why: b.why}
+		if b.hard {
+			hard++
+			e.Reason, e.Why = b.reason, b.why
+		} else {
+			x.Until = b.until
+		}
+		e.Ejections = append(e.Ejections, x)
+	}
+	if e.Candidates > 0 && hard == e.Candidates {
+		e.Down, e.Until = true, now.Add(5*time.Second)
+	} else {
+		e.Reason, e.Why = "", ""
+	}
+	return e
+}
+
+func (g *Group) remoteEvidenceLocked(now time.Time, e *Evidence) {
+	for key, b := range g.books {
+		if key == whole {
+			continue
+		}
+		if now.Sub(b.seen) > 2*time.Minute && b.inFlight == 0 && len(g.conns[key]) == 0 {
+			delete(g.books, key)
+			continue
+		}
+		if !b.isEjected(now) && len(g.conns[key]) == 0 && b.inFlight == 0 {
+			continue // was met once; nothing says that it is still there
+		}
+		e.Candidates++
+		if b.ejected {
+			e.Ejected++
+			e.Ejections = append(e.Ejections, Ejection{Key: key, Reason: b.reason, Why: b.why, Until: b.until})
+			if e.Until.IsZero() || b.until.Before(e.Until) {
+				e.Until, e.Reason, e.Why = b.until, b.reason, b.why
+			}
+		}
+	}
+	e.Down = e.Candidates > 0 && e.Ejected == e.Candidates
+	if b := g.books[whole]; b != nil && b.isEjected(now) {
+		e.Down, e.Until, e.Reason, e.Why = true, now.Add(5*time.Second), b.reason, b.why
+	}
+	if !e.Down {
+		e.Until, e.Reason, e.Why = time.Time{}, "", ""
+	}
+}
+
+// RetireIf retires the pooled connections for which f is true.
+func (g *Group) RetireIf(f func(Conn) bool) {
+	g.mu.Lock()
+	var retire []*pooled
+	for key, conns := range g.conns {
+		g.conns[key] = slices.DeleteFunc(conns, func(c *pooled) bool {
+			if c.retired || !f(c.Conn) {
+				return false
+			}
+			c.retired = true
+			retire = append(retire, c)
+			return true
+		})
+		if len(g.conns[key]) == 0 {
+			delete(g.conns, key)
+		}
+	}
+	g.growAfter = time.Time{}
+	g.mu.Unlock()
+	for _, c := range retire {
+		c.Retire()
+	}
+}
+
+// Len is the number of pooled connections and of different endpoints among them.
+func (g *Group) Len() (conns, keys int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, c := range g.conns {
+		conns += len(c)
+	}
+	return conns, len(g.conns)
+}
+
+// Close ends everything and waits.
+func (g *Group) Close() {
+	g.mu.Lock()
+	g.closed = true
+	all := slices.Collect(maps.Keys(g.all))
+	g.mu.Unlock()
+	g.cancel()
+	for _, c := range all {
+		c.Close()
+	}
+	g.wg.Wait()
+}
