@@ -46,8 +46,9 @@ type MemberMemory struct {
 	Retrips  int           `json:"retrips,omitempty"` // doublings of the hold-down
 	Returned time.Time     `json:"returned,omitzero"` // when traffic last came back
 	Lossy    bool          `json:"lossy,omitempty"`   // out for tunnel loss, until it is half the limit
+	Gone     bool          `json:"gone,omitempty"`    // not among the members any more
 	Judged   bool          `json:"judged,omitempty"`  // Healthy is a verdict
-	Healthy  float64       `json:"healthy,omitempty"` // the last known healthy share, 0..1
+	Healthy  float64       `json:"healthy,omitempty"` // the last known healthy percentage
 	RTT      time.Duration `json:"rtt,omitempty"`     // the one the order goes by
 }
 
