@@ -9,4 +9,4 @@ trap 'rm -rf "$bin"' EXIT
 PATH="$bin:$PATH" protoc -I . \
 	--go_out=. --go_opt=paths=source_relative \
 	--go-grpc_out=. --go-grpc_opt=paths=source_relative \
-	discovery.proto resources.proto proxy.proto localsession.proto operator.proto
+	discovery.proto resources.proto proxy.proto localsession.proto operator.proto join.proto
