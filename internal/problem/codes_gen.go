@@ -40,6 +40,8 @@ const (
 	CatalogStale         Code = "STR-3203" // a peer's catalog is stale
 	NoEndpoints          Code = "STR-4102" // no healthy endpoint in any cluster
 	UnknownService       Code = "STR-4103" // no such service
+	UpstreamReset        Code = "STR-4104" // the connection to the callee broke
+	DeadlineExceeded     Code = "STR-4105" // the callee did not answer in time
 	FailoverOverload     Code = "STR-4107" // the next tier may not have the capacity
 	RootExpiring         Code = "STR-5101" // a root expires soon
 	CertificateExpiring  Code = "STR-5102" // a certificate expires soon
@@ -48,6 +50,7 @@ const (
 	RegistrationRefused  Code = "STR-5301" // registration refused
 	AccessDenied         Code = "STR-5302" // operator access denied
 	PolicyDenied         Code = "STR-6101" // denied by an access policy
+	RequestRefused       Code = "STR-6102" // the request was refused
 	DemoRunning          Code = "STR-7101" // a demo is already running
 	DemoNotRunning       Code = "STR-7102" // no demo is running
 	TraceNotFound        Code = "STR-8101" // no such trace
