@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package trust
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/strait-mesh/strait/trust/spiffeid"
+)
+
+// HandshakeTimeout is how long any listener waits for a handshake.
+const HandshakeTimeout = 5 * time.Second
+
+// SourceConfig configures a Source.
+type SourceConfig struct {
+	Now    func() time.Time // nil: time.Now
+	Logger *slog.Logger     // nil: discard
+}
+
+type material struct {
+	identity *Identity
+	cert     *tls.Certificate
+	bundles  *Bundles
+}
+
+// Source holds the process's identity and the bundles that it trusts now.
+type Source struct {
+	now func() time.Time
+	log *slog.Logger
+	cur atomic.Pointer[material]
+
+	mu      sync.Mutex
+	changed chan struct{}
+}
+
+// NewSource makes an empty source: until it has an identity, handshakes fail.
+func NewSource(cfg SourceConfig) *Source {
+	s := &Source{now: cfg.Now, log: cfg.Logger, changed: make(chan struct{})}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.NewTextHandler(io.Discard, nil))
+	}
+	s.cur.Store(&material{})
+	return s
+}
+
+func (s *Source) change(f func(material) material) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := f(*s.cur.Load())
+	s.cur.Store(&m)
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// SetIdentity replaces the identity for handshakes that begin from now on.
+func (s *Source) SetIdentity(id *Identity) {
+	s.change(func(m material) material {
+		m.identity, m.cert = id, nil
+		if id != nil {
+			m.cert = id.certificate()
+		}
+		return m
+	})
+}
+
+// SetBundles replaces the bundles for handshakes that are judged from now on. Open connections are the withdrawal
+// registry's matter.
+func (s *Source) SetBundles(b *Bundles) {
+	s.change(func(m material) material { m.bundles = b; return m })
+}
+
+// Identity is the present one, or nil.
+func (s *Source) Identity() *Identity { return s.cur.Load().identity }
+
+// Bundles are the present ones; nil is an empty set.
+func (s *Source) Bundles() *Bundles { return s.cur.Load().bundles }
+
+// Now is the source's clock.
+func (s *Source) Now() time.Time { return s.now() }
+
+// Changed returns a channel that is closed at the next change.
+func (s *Source) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// Ready waits until there is an identity.
+func (s *Source) Ready(ctx context.Context) error {
+	for {
+		changed := s.Changed()
+		if s.Identity() != nil {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// Verify judges a chain against the present bundles and the present time.
+func (s *Source) Verify(chain []*x509.Certificate) (*Peer, error) {
+	return Verify(chain, s.Bundles(), s.now())
+}
+
+// TLSOptions says what one kind of connection asks of the other end.
+type TLSOptions struct {
+	Authorize  Authorize // required, except for ServerOnly
+	ALPN       []string
+	ServerName string // of a client: the SNI that it sends
+
+	// AuthorizeHello, on a server, chooses the authorizer by what the client asked for; nil: Authorize.
+	AuthorizeHello func(*tls.ClientHelloInfo) (Authorize, error)
+	// AcceptUnverifiedClient lets a server accept a client chain whose bundle it does not have yet. The chain proves
+	// possession of its key and nothing else. For strait-join/1 only.
+	AcceptUnverifiedClient bool
+	// ServerOnly asks the client for no certificate. For strait-register/1 only.
+	ServerOnly bool
+	// SendRoots makes a server append its bundle's roots to its chain, for clients that pin the bundle's hash.
+	SendRoots bool
+}
+
+var errNoIdentity = errors.New("no identity yet")
+
+func (s *Source) ownCertificate(sendRoots bool) (*tls.Certificate, error) {
+	m := s.cur.Load()
+	if m.cert == nil {
+		return nil, errNoIdentity
+	}
+	if !s.now().Before(m.identity.NotAfter) {
+		return nil, &VerifyError{Reason: "expired", ID: m.identity.ID, Err: errors.New("own identity has expired")}
+	}
+	if !sendRoots {
+		return m.cert, nil
+	}
+	c := *m.cert
+	c.Certificate = append([][]byte(nil), m.cert.Certificate...)
+	if b := m.bundles.Get(m.identity.ID.TrustDomain()); b != nil {
+		for _, r := range b.Roots() {
+			c.Certificate = append(c.Certificate, r.Raw)
+		}
+	}
+	return &c, nil
+}
+
+func baseConfig(o TLSOptions) *tls.Config {
+	return &tls.Config{
+		MinVersion: tls.VersionTLS13, MaxVersion: tls.VersionTLS13, NextProtos: o.ALPN, ServerName: o.ServerName,
+		SessionTicketsDisabled: true, ClientSessionCache: nil,
+	}
+}
+
+// ServerTLS is the configuration of a listener.
+func (s *Source) ServerTLS(o TLSOptions) *tls.Config {
+	c := baseConfig(o)
+	c.ClientAuth = tls.RequireAnyClientCert
+	if o.ServerOnly {
+		c.ClientAuth = tls.NoClientCert
+	}
+	c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.ownCertificate(o.SendRoots) }
+	if !o.ServerOnly && !o.AcceptUnverifiedClient {
+		c.VerifyConnection = s.verifyConnection(o.Authorize)
+	}
+	if o.AuthorizeHello != nil {
+		c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+			authorize, err := o.AuthorizeHello(h)
+			if err != nil {
+				return nil, err
+			}
+			d := c.Clone()
+			d.GetConfigForClient = nil
+			d.VerifyConnection = s.verifyConnection(authorize)
+			return d, nil
+		}
+	}
+	return c
+}
+
+// ClientTLS is the configuration of a dialler.
+func (s *Source) ClientTLS(o TLSOptions) *tls.Config {
+	c := baseConfig(o)
+	c.InsecureSkipVerify = true // names are SPIFFE IDs: VerifyConnection judges the chain
+	c.VerifyConnection = s.verifyConnection(o.Authorize)
+	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.ownCertificate(false) }
+	return c
+}
+
+func (s *Source) verifyConnection(authorize Authorize) func(tls.ConnectionState) error {
+	return func(cs tls.ConnectionState) error {
+		if cs.DidResume {
+			return &VerifyError{Reason: "untrusted", Err: errors.New("a resumed session")}
+		}
+		p, err := s.Verify(cs.PeerCertificates)
+		if err != nil {
+			return err
+		}
+		return authorized(p.ID, authorize)
+	}
+}
+
+func authorized(id spiffeid.ID, authorize Authorize) error {
+	if authorize == nil {
+		return &VerifyError{Reason: "not_authorized", ID: id, Err: errors.New("no authorizer")}
+	}
+	if err := authorize(id); err != nil {
+		return &VerifyError{Reason: "not_authorized", ID: id, Err: err}
+	}
+	return nil
+}
+
+// Pinned is what a client with a pin learns from the handshake.
+type Pinned struct {
+	Peer   *Peer
+	Bundle *Bundle // the server's, with sequence 0
+}
+
+// PinnedClientTLS is the configuration of a dialler that knows the server's bundle by its hash alone: the server sends its
+// roots after its chain (SendRoots), and they count only when they are exactly what was pinned. With a source the client
+// presents its identity, too; without one it is anonymous. got is called once, after verification.
+func PinnedClientTLS(pin [32]byte, s *Source, now func() time.Time, o TLSOptions, got func(Pinned)) *tls.Config {
+	c := baseConfig(o)
+	c.InsecureSkipVerify = true // the pin takes the place of a pool; see VerifyConnection
+	if now == nil {
+		now = time.Now
+	}
+	if s != nil {
+		now = s.now
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.ownCertificate(false) }
+	}
+	c.VerifyConnection = func(cs tls.ConnectionState) error {
+		p, err := verifyPinned(cs.PeerCertificates, pin, now())
+		if err != nil {
+			return err
+		}
+		if err := authorized(p.Peer.ID, o.Authorize); err != nil {
+			return err
+		}
+		if got != nil {
+			got(*p)
+		}
+		return nil
+	}
+	return c
+}
+
+func verifyPinned(chain []*x509.Certificate, pin [32]byte, now time.Time) (*Pinned, error) {
+	if len(chain) == 0 || len(chain) > MaxChainLength+MaxBundleRoots {
+		return nil, &VerifyError{Reason: "no_certificate"}
+	}
+	id, err := leafID(chain[0])
+	if err != nil {
+		return nil, err
+	}
+	// The roots are the longest tail of self-issued CA certificates whose hash is the pin.
+	for at := 1; at < len(chain); at++ {
+		roots := chain[at:]
+		if hashRoots(roots) != pin {
+			continue
+		}
+		bundle, err := NewBundle(id.TrustDomain(), roots, 0)
+		if err != nil {
+			return nil, &VerifyError{Reason: "untrusted", ID: id, Err: err}
+		}
+		bundles, err := NewBundles(bundle)
+		if err != nil {
+			return nil, &VerifyError{Reason: "untrusted", ID: id, Err: err}
+		}
+		p, err := Verify(chain[:at], bundles, now)
+		if err != nil {
+			return nil, err
+		}
+		return &Pinned{p, bundle}, nil
+	}
+	return nil, &VerifyError{Reason: "untrusted", ID: id, Err: errors.New("the server's roots are not those that were pinned")}
+}
