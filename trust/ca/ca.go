@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ca
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math/big"
+	"net"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/strait-mesh/strait/internal/datadir"
+	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/spiffeid"
+)
+
+// Lifetimes.
+const (
+	RootLifetime   = 10 * 365 * 24 * time.Hour
+	IssuerLifetime = 365 * 24 * time.Hour
+	DefaultTTL     = 36 * time.Hour
+	Backdate       = 10 * time.Minute // NotBefore lies this far back, for clocks that differ
+	issuerRenewal  = 90 * 24 * time.Hour
+)
+
+// Config of a CA.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Now         func() time.Time // nil: time.Now
+}
+
+// CA issues identities of one trust domain. Make it with Create or Open.
+type CA struct {
+	td  spiffeid.TrustDomain
+	now func() time.Time
+	dir *datadir.Dir
+
+	mu     sync.Mutex
+	root   *pair
+	issuer *pair
+	api    *pair
+	bundle *trust.Bundle
+}
+
+type pair struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+const (
+	rootFile   = "ca/root.pem"
+	issuerFile = "ca/issuer.pem"
+	apiFile    = "ca/api.pem"
+	bundleFile = "bundles/own.json"
+)
+
+// Create makes a new root, issuer and API CA below dir. It refuses to overwrite.
+func Create(dir *datadir.Dir, cfg Config) (*CA, error) {
+	if cfg.TrustDomain.IsZero() {
+		return nil, errors.New("create CA: no trust domain")
+	}
+	if _, err := dir.ReadFile(rootFile); !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("create CA: %s exists", dir.Path(rootFile))
+	}
+	c := newCA(dir, cfg)
+	now := c.now()
+	root, err := selfSigned(caTemplate("Strait root of "+c.td.String(), now, RootLifetime, 1, c.td))
+	if err != nil {
+		return nil, fmt.Errorf("create root: %w", err)
+	}
+	api, err := selfSigned(caTemplate("Strait API CA of "+c.td.String(), now, RootLifetime, 0, spiffeid.TrustDomain{}))
+	if err != nil {
+		return nil, fmt.Errorf("create API CA: %w", err)
+	}
+	c.root, c.api = root, api
+	if c.issuer, err = c.newIssuer(); err != nil {
+		return nil, err
+	}
+	if c.bundle, err = trust.NewBundle(c.td, []*x509.Certificate{root.cert}, 1); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(c.save(issuerFile, c.issuer), c.save(apiFile, api), dir.WriteFile(bundleFile, c.bundle.Marshal())); err != nil {
+		return nil, err
+	}
+	return c, c.save(rootFile, root) // last: it marks the CA as complete
+}
+
+// Open reads the CA below dir. An issuer within 90 days of its end is replaced.
+func Open(dir *datadir.Dir, cfg Config) (*CA, error) {
+	c := newCA(dir, cfg)
+	var err error
+	if c.root, err = c.load(rootFile); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	if c.api, err = c.load(apiFile); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	if c.td, err = rootDomain(c.root.cert); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	if !cfg.TrustDomain.IsZero() && cfg.TrustDomain != c.td {
+		return nil, fmt.Errorf("open CA: the root is of %s, not of %s", c.td, cfg.TrustDomain)
+	}
+	c.issuer, err = c.load(issuerFile)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && c.now().After(c.issuer.cert.NotAfter.Add(-issuerRenewal)) {
+		if c.issuer, err = c.newIssuer(); err == nil {
+			err = c.save(issuerFile, c.issuer)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	jwks, err := dir.ReadFile(bundleFile)
+	if err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	c.bundle, err = trust.ParseBundle(c.td, jwks)
+	return c, err
+}
+
+func newCA(dir *datadir.Dir, cfg Config) *CA {
+	c := &CA{td: cfg.TrustDomain, now: cfg.Now, dir: dir}
+	if c.now == nil {
+		c.now = time.Now
+	}
+	return c
+}
+
+func rootDomain(c *x509.Certificate) (spiffeid.TrustDomain, error) {
+	if len(c.URIs) != 1 || c.URIs[0].Scheme != "spiffe" || c.URIs[0].Path != "" {
+		return spiffeid.TrustDomain{}, errors.New("the root names no trust domain")
+	}
+	return spiffeid.ParseTrustDomain(c.URIs[0].Host)
+}
+
+func serial() *big.Int {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b)
+	b[0] = b[0]&0x7f | 0x40 // positive, 127 bits
+	return new(big.Int).SetBytes(b)
+}
+
+func caTemplate(name string, now time.Time, life time.Duration, maxPath int, td spiffeid.TrustDomain) *x509.Certificate {
+	t := &x509.Certificate{
+		SerialNumber: serial(), Subject: pkix.Name{Organization: []string{"Strait"}, CommonName: name},
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(life), IsCA: true, BasicConstraintsValid: true,
+		MaxPathLen: maxPath, MaxPathLenZero: maxPath == 0, KeyUsage: x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+	}
+	if !td.IsZero() {
+		t.URIs = []*url.URL{{Scheme: "spiffe", Host: td.String()}}
+	}
+	return t
+}
+
+func selfSigned(t *x509.Certificate) (*pair, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	return sign(t, t, &key.PublicKey, key, key)
+}
+
+func sign(t, parent *x509.Certificate, pub crypto.PublicKey, signer *ecdsa.PrivateKey, key *ecdsa.PrivateKey) (*pair, error) {
+	der, err := x509.CreateCertificate(rand.Reader, t, parent, pub, signer)
+	if err != nil {
+		return nil, err
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, err
+	}
+	return &pair{cert, key}, nil
+}
+
+func (c *CA) newIssuer() (*pair, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("create issuer: %w", err)
+	}
+	t := caTemplate("Strait issuer of "+c.td.String(), c.now(), IssuerLifetime, 0, c.td)
+	if t.NotAfter.After(c.root.cert.NotAfter) {
+		t.NotAfter = c.root.cert.NotAfter
+	}
+	p, err := sign(t, c.root.cert, &key.PublicKey, c.root.key, key)
+	if err != nil {
+		return nil, fmt.Errorf("create issuer: %w", err)
+	}
+	return p, nil
+}
+
+func (c *CA) save(name string, p *pair) error {
+	key, err := x509.MarshalPKCS8PrivateKey(p.key)
+	if err != nil {
+		return fmt.Errorf("save %s: %w", name, err)
+	}
+	var b bytes.Buffer
+	_ = pem.Encode(&b, &pem.Block{Type: "CERTIFICATE", Bytes: p.cert.Raw})
+	_ = pem.Encode(&b, &pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	return c.dir.WriteFile(name, b.Bytes())
+}
+
+func (c *CA) load(name string) (*pair, error) {
+	data, err := c.dir.ReadFile(name)
+	if err != nil {
+		return nil, err
+	}
+	var p pair
+	for len(data) > 0 {
+		var block *pem.Block
+		if block, data = pem.Decode(data); block == nil {
+			break
+		}
+		switch block.Type {
+		case "CERTIFICATE":
+			if p.cert, err = x509.ParseCertificate(block.Bytes); err != nil {
+				return nil, fmt.Errorf("%s: %w", name, err)
+			}
+		case "PRIVATE KEY":
+			k, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+			key, ok := k.(*ecdsa.PrivateKey)
+			if err != nil || !ok {
+				return nil, fmt.Errorf("%s: malformed private key", name)
+			}
+			p.key = key
+		}
+	}
+	if p.cert == nil || p.key == nil || !p.key.PublicKey.Equal(p.cert.PublicKey) {
+		return nil, fmt.Errorf("%s: certificate and key do not belong together", name)
+	}
+	return &p, nil
+}
+
+// TrustDomain is whose identities this CA issues.
+func (c *CA) TrustDomain() spiffeid.TrustDomain { return c.td }
+
+// Bundle is the trust bundle of the CA's trust domain.
+func (c *CA) Bundle() *trust.Bundle {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.bundle
+}
+
+// IssuerNotAfter is the end of the issuer.
+func (c *CA) IssuerNotAfter() time.Time { return c.issuer.cert.NotAfter }
+
+// IssueCSR signs an identity for the request's public key; everything else in the request is ignored. ttl 0 is 36 h; no
+// identity outlives the issuer.
+func (c *CA) IssueCSR(csrDER []byte, id spiffeid.ID, ttl time.Duration) ([][]byte, error) {
+	csr, err := x509.ParseCertificateRequest(csrDER)
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
+	}
+	return c.issue(csr.PublicKey, id, ttl)
+}
+
+// IssueKey makes a key and signs an identity for it: for the control plane's own roles.
+func (c *CA) IssueKey(id spiffeid.ID, ttl time.Duration) (*trust.Identity, error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
+	}
+	chain, err := c.issue(&key.PublicKey, id, ttl)
+	if err != nil {
+		return nil, err
+	}
+	return trust.NewIdentity(chain, key)
+}
+
+func (c *CA) issue(pub crypto.PublicKey, id spiffeid.ID, ttl time.Duration) ([][]byte, error) {
+	if id.IsZero() || id.TrustDomain() != c.td {
+		return nil, fmt.Errorf("issue %s: not of trust domain %s", id, c.td)
+	}
+	if k, ok := pub.(*ecdsa.PublicKey); !ok || k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
+		return nil, fmt.Errorf("issue %s: want an ECDSA key on P-256 or P-384", id)
+	}
+	if ttl <= 0 {
+		ttl = DefaultTTL
+	}
+	now := c.now()
+	t := &x509.Certificate{
+		SerialNumber: serial(), Subject: pkix.Name{Organization: []string{"Strait"}}, URIs: []*url.URL{id.URL()},
+		NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	if t.NotAfter.After(c.issuer.cert.NotAfter) {
+		t.NotAfter = c.issuer.cert.NotAfter
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, c.issuer.cert, pub, c.issuer.key)
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
+	}
+	return [][]byte{der, c.issuer.cert.Raw}, nil
+}
+
+// APIRootPEM is the certificate that clients of the configuration API verify against.
+func (c *CA) APIRootPEM() []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.api.cert.Raw})
+}
+
+// IssueServing makes a key and a serving certificate of the configuration API for DNS names and addresses.
+func (c *CA) IssueServing(dns []string, ips []net.IP, ttl time.Duration) (certPEM, keyPEM []byte, err error) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, nil, fmt.Errorf("issue serving certificate: %w", err)
+	}
+	certPEM, err = c.issueAPI(&key.PublicKey, pkix.Name{CommonName: "strait-api"}, x509.ExtKeyUsageServerAuth, dns, ips, ttl)
+	if err != nil {
+		return nil, nil, err
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return nil, nil, err
+	}
+	return certPEM, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
+}
+
+// IssueAPIClient signs a client certificate of the configuration API for the request's public key: user name and groups as
+// Kubernetes reads them from the subject.
+func (c *CA) IssueAPIClient(csrDER []byte, name string, groups []string, ttl time.Duration) (certPEM []byte, err error) {
+	csr, err := x509.ParseCertificateRequest(csrDER)
+	if err == nil {
+		err = csr.CheckSignature()
+	}
+	if err != nil {
+		return nil, fmt.Errorf("issue API client %s: %w", name, err)
+	}
+	return c.issueAPI(csr.PublicKey, pkix.Name{CommonName: name, Organization: groups}, x509.ExtKeyUsageClientAuth, nil, nil, ttl)
+}
+
+func (c *CA) issueAPI(pub crypto.PublicKey, subject pkix.Name, usage x509.ExtKeyUsage, dns []string, ips []net.IP, ttl time.Duration) ([]byte, error) {
+	if ttl <= 0 {
+		ttl = DefaultTTL
+	}
+	now := c.now()
+	t := &x509.Certificate{
+		SerialNumber: serial(), Subject: subject, NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: dns, IPAddresses: ips,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, t, c.api.cert, pub, c.api.key)
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", subject.CommonName, err)
+	}
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
+}
