@@ -104,7 +104,7 @@ func (e *engine) lastResort() {
 		}
 		s.panic, s.share = true, s.weight
 		if best == someHealthy {
-			s.share = float64(s.health.Healthy + s.health.Unknown)
+			s.share = float64(s.health.Healthy) + float64(s.health.Unknown)
 		}
 		chosen = append(chosen, s)
 		sum += s.share
@@ -115,7 +115,7 @@ func (e *engine) lastResort() {
 }
 
 func desperation(s *slot) int {
-	some := s.health.Healthy+s.health.Unknown > 0
+	some := s.health.Healthy > 0 || s.health.Unknown > 0
 	switch {
 	case s.ghost || s.health.Total() == 0 || s.mem.Phase == PhaseOut:
 		return hopeless

@@ -196,6 +196,9 @@ func (e *engine) rampLine(s *slot) string {
 func (e *engine) returns(s *slot) string {
 	tier := fmt.Sprintf("tier %d ", s.tier)
 	good := fmt.Sprintf("≥%s%% healthy", num(e.pol.ReturnPercent))
+	if e.pol.MinEndpoints > 1 {
+		good += fmt.Sprintf(" and at least %d", e.pol.MinEndpoints)
+	}
 	held := ""
 	if d := e.nominalHold(s); d > 0 {
 		held = " for " + d.String()

@@ -3,8 +3,16 @@
 package federation
 
 import (
+	"encoding/json"
 	"fmt"
+	"math"
 	"time"
+)
+
+// What ParseInputs accepts at most.
+const (
+	MaxInputsSize    = 256 << 10 // bytes
+	MaxInputsMembers = 512
 )
 
 // Inputs is everything Step looks at besides the clock and its own memory. It is reported as JSON, so that a decision can be
@@ -44,7 +52,9 @@ type Health struct {
 }
 
 // Total is the number of instances.
-func (h Health) Total() uint32 { return h.Healthy + h.Unhealthy + h.Unknown }
+func (h Health) Total() uint32 {
+	return uint32(min(uint64(h.Healthy)+uint64(h.Unhealthy)+uint64(h.Unknown), math.MaxUint32))
+}
 
 // Tunnel is the best path to a remote member as this caller knows it.
 type Tunnel struct {
@@ -66,6 +76,29 @@ type Observed struct {
 
 	// Ejected instances count as unhealthy for this caller whatever their owner says.
 	Ejected uint32 `json:"ejected,omitempty"`
+}
+
+// ParseInputs reads what json.Marshal made of Inputs.
+func ParseInputs(b []byte) (Inputs, error) {
+	var in Inputs
+	if len(b) > MaxInputsSize {
+		return Inputs{}, fmt.Errorf("failover inputs: %d bytes, at most %d", len(b), MaxInputsSize)
+	}
+	if err := json.Unmarshal(b, &in); err != nil {
+		return Inputs{}, fmt.Errorf("failover inputs: %w", err)
+	}
+	if len(in.Members) > MaxInputsMembers {
+		return Inputs{}, fmt.Errorf("failover inputs: %d members, at most %d", len(in.Members), MaxInputsMembers)
+	}
+	if err := in.Policy.Validate(); err != nil {
+		return Inputs{}, fmt.Errorf("failover inputs: %w", err)
+	}
+	for _, m := range in.Members {
+		if l := m.Tunnel.Loss; math.IsNaN(l) || l < 0 || l > 1 {
+			return Inputs{}, fmt.Errorf("failover inputs: %s: tunnel loss %v is not within 0 and 1", m.Cluster, l)
+		}
+	}
+	return in, nil
 }
 
 // Freshness is how old the knowledge about a remote member is, judged by the importing control plane.

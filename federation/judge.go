@@ -51,7 +51,7 @@ func (e *engine) condition(s *slot) (Reason, string) {
 	if s.judged && s.percent < e.pol.TripPercent {
 		return BelowMinHealthy, fmt.Sprintf("%s < trip %s%%%s", s.counts(), num(e.pol.TripPercent), s.ejections())
 	}
-	if s.health.Healthy+s.health.Unknown < e.pol.MinEndpoints {
+	if uint64(s.health.Healthy)+uint64(s.health.Unknown) < uint64(e.pol.MinEndpoints) {
 		return BelowMinHealthy, fmt.Sprintf("%d healthy, at least %d wanted%s", s.health.Healthy, e.pol.MinEndpoints, s.ejections())
 	}
 	return "", ""
@@ -81,7 +81,7 @@ func (e *engine) notYet(s *slot) string {
 // counts is the health in words: "1 of 4 healthy = 25%".
 func (s *slot) counts() string {
 	h := s.health
-	known := h.Healthy + h.Unhealthy
+	known := uint64(h.Healthy) + uint64(h.Unhealthy)
 	switch {
 	case known == 0 && s.judged:
 		return fmt.Sprintf("%d unknown, last verdict %s%%", h.Unknown, num(s.percent))

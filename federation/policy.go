@@ -12,6 +12,9 @@ import (
 // ErrReturnNotAboveTrip is wrapped by Policy.Validate when a policy would flap.
 var ErrReturnNotAboveTrip = errors.New("return threshold must be above trip")
 
+// MaxReturnAfter bounds the hold-down (before doubling) and the ramp of a policy.
+const MaxReturnAfter = 24 * time.Hour
+
 // Policy is a compiled FailoverPolicy. A zero number means the default.
 type Policy struct {
 	Name       string `json:"name,omitempty"` // "<namespace>/<name>"; empty: the defaults
@@ -110,6 +113,9 @@ func (p Policy) Validate() error {
 	}
 	if p.SpillBelowPercent < p.TripPercent {
 		return fmt.Errorf("failover policy %s: spill percentage %v is below trip %v", p.Name, p.SpillBelowPercent, p.TripPercent)
+	}
+	if p.ReturnAfter > MaxReturnAfter || p.Ramp > MaxReturnAfter {
+		return fmt.Errorf("failover policy %s: hold-down or ramp is longer than %v", p.Name, MaxReturnAfter)
 	}
 	seen := map[ClusterName]int{}
 	for i, t := range p.Tiers {

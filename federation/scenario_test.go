@@ -327,3 +327,13 @@ func (w *world) number(s string) float64 {
 	}
 	return v
 }
+
+// fuzzed reads a state and inputs as they come from a report.
+func fuzzed(state, inputs []byte) (federation.State, federation.Inputs, bool) {
+	st, err := federation.ParseState(state)
+	if err != nil {
+		return st, federation.Inputs{}, false
+	}
+	in, err := federation.ParseInputs(inputs)
+	return st, in, err == nil
+}

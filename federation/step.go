@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"hash/fnv"
 	"slices"
+	"strconv"
 	"time"
 )
 
@@ -127,8 +128,8 @@ func (e *engine) measure(s *slot) {
 	h.Unhealthy += moved + rest
 	s.health = h
 	s.stale = !s.Local && (s.Freshness == Stale || s.Freshness == Withdrawn)
-	if known := h.Healthy + h.Unhealthy; known > 0 {
-		s.percent, s.judged, s.now = float64(h.Healthy)*100/float64(known), true, true
+	if known := float64(h.Healthy) + float64(h.Unhealthy); known > 0 {
+		s.percent, s.judged, s.now = float64(h.Healthy)*100/known, true, true
 		s.mem.Judged, s.mem.Healthy = true, s.percent
 	} else if h.Unknown > 0 && s.mem.Judged {
 		s.percent, s.judged = s.mem.Healthy, true
@@ -397,7 +398,7 @@ func (e *engine) holdDown(s *slot) time.Duration {
 		return d
 	}
 	h := fnv.New64a()
-	h.Write([]byte(e.in.Caller + "\x00" + e.in.Service.String() + "\x00" + string(s.Cluster) + "\x00" + string(rune('0'+s.mem.Retrips))))
+	h.Write([]byte(e.in.Caller + "\x00" + e.in.Service.String() + "\x00" + string(s.Cluster) + "\x00" + strconv.Itoa(s.mem.Retrips)))
 	unit := float64(h.Sum64()>>11)/(1<<53)*2 - 1 // −1..1
 	return time.Duration(float64(d) * (1 + holdJitter*unit)).Round(time.Millisecond)
 }
@@ -406,10 +407,12 @@ func (e *engine) nominalHold(s *slot) time.Duration {
 	if e.pol.ReturnAfter <= 0 {
 		return 0
 	}
-	return e.pol.ReturnAfter << min(max(s.mem.Retrips, 0), maxRetrips)
+	return min(e.pol.ReturnAfter, MaxReturnAfter) << min(max(s.mem.Retrips, 0), maxRetrips)
 }
 
 // rampInterval is the time on each step of the ramp.
-func (e *engine) rampInterval() time.Duration { return e.pol.Ramp / time.Duration(len(rampSteps)) }
+func (e *engine) rampInterval() time.Duration {
+	return min(e.pol.Ramp, MaxReturnAfter) / time.Duration(len(rampSteps))
+}
 
 func clampStep(i int) int { return min(max(i, 0), len(rampSteps)-1) }
