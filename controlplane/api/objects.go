@@ -25,8 +25,11 @@ type Objects struct {
 
 // Unreadable is an object with a field that this version does not know or cannot read. What it says is not applied.
 type Unreadable struct {
-	Ref   Ref
-	Error string
+	Ref        Ref
+	Generation int64
+	Error      string
+	// Targets are its targetRefs, as far as they could be read: a policy that cannot be understood must not leave its targets open.
+	Targets []TargetRef
 }
 
 // Ref names one object.

@@ -72,7 +72,7 @@ type Peer struct {
 	Federation  federation.FederationName
 	Region      string
 	Ready       bool     // else joining
-	Sameness    []string // namespaces; "*" is all. Added to what the Peer object says.
+	Sameness    []string // namespaces; "*" is all. Where a Peer object of the cluster's name exists, that decides instead.
 	Bundle      []byte   // JWKS
 	BundleSeq   uint64
 	Gateways    []*controlpb.GatewayRecord
@@ -84,7 +84,13 @@ type Peer struct {
 type Catalog struct {
 	Epoch, Seq uint64
 	Freshness  controlpb.Freshness
-	Services   []*controlpb.CatalogService
+	Services   []Offered
+}
+
+// Offered is one entry of a peer's catalog.
+type Offered struct {
+	Version uint64 // sequence at which it last changed; what is reported as the catalog's, so that one change pushes one service
+	Service *controlpb.CatalogService
 }
 
 // Tunnel is the best path to a peer.
