@@ -4,14 +4,19 @@ package proxyclient
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net"
+	"sync"
 	"time"
 
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/trust"
@@ -84,19 +89,77 @@ type Status struct {
 }
 
 // Client is the proxy's side of its control plane's port.
-type Client struct{ clientState }
+type Client struct {
+	cfg     Config
+	log     *slog.Logger
+	source  *trust.Source
+	conn    *grpc.ClientConn
+	store   *store
+	bundles *bundleKeeper
+	health  health
+	closed  sync.Once
+
+	identityMu sync.Mutex
+	info       Info
+	obtained   time.Time // when the identity in use was obtained
+}
 
 // Open loads identity, bundle and snapshot from the data directory, or registers with the token, and returns a Client
 // that can answer from its snapshot. It contacts the control plane only when there is no usable identity, and then waits
 // for it until ctx ends.
-func Open(ctx context.Context, cfg Config) (*Client, error) { return open(ctx, cfg) }
+func Open(ctx context.Context, cfg Config) (*Client, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now)}
+	if err := c.loadOrRegister(ctx); err != nil {
+		return nil, err
+	}
+	c.bundles = newBundleKeeper(c.source, c.info.TrustDomain, c.cfg.DataDir)
+	if err := c.loadSnapshot(); err != nil {
+		c.log.Warn("snapshot not loaded", "err", err)
+	}
+	switch cfg.Role {
+	case Gateway:
+		c.SubscribeAll(controlpb.TypePeer)
+	case Sidecar:
+		c.SubscribeAll(controlpb.TypeBundle)
+	}
+	c.store.watch(c.bundles.apply)
+	c.store.deliver(c.log) // the snapshot's bundles are in force before the first caller asks
+	if c.conn, err = c.dial(); err != nil {
+		return nil, fmt.Errorf("control plane client: %w", err)
+	}
+	return c, nil
+}
 
 // Run renews the identity, follows the subscriptions and writes the snapshot until ctx ends. It closes the connection and
 // returns nil after all of its goroutines have ended.
-func (c *Client) Run(ctx context.Context) error { return c.run(ctx) }
+func (c *Client) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	in := make(chan inbound)
+	for _, f := range []func(context.Context){
+		c.renewLoop,
+		func(ctx context.Context) { c.streamLoop(ctx, in) },
+		func(ctx context.Context) { c.applyLoop(ctx, in) },
+		c.snapshotLoop,
+	} {
+		wg.Go(func() { f(ctx) })
+	}
+	<-ctx.Done()
+	cancel()
+	wg.Wait()
+	return c.Close()
+}
 
-// Close releases the connection of a Client that was never run. It is idempotent.
-func (c *Client) Close() error { return c.close() }
+// Close releases the connection. It is idempotent; Run calls it.
+func (c *Client) Close() error {
+	var err error
+	c.closed.Do(func() { err = c.conn.Close() })
+	return err
+}
 
 // Source holds the proxy's identity and bundles.
 func (c *Client) Source() *trust.Source { return c.source }
@@ -105,37 +168,88 @@ func (c *Client) Source() *trust.Source { return c.source }
 func (c *Client) Conn() grpc.ClientConnInterface { return c.conn }
 
 // Info is who the proxy is.
-func (c *Client) Info() Info { return c.info.value() }
+func (c *Client) Info() Info {
+	c.identityMu.Lock()
+	defer c.identityMu.Unlock()
+	return c.info
+}
 
 // Status is how it goes.
-func (c *Client) Status() Status { return c.status() }
+func (c *Client) Status() Status {
+	s := c.health.status()
+	c.identityMu.Lock()
+	defer c.identityMu.Unlock()
+	s.Renewed = c.obtained
+	if id := c.source.Identity(); id != nil {
+		s.NotAfter = id.NotAfter
+	}
+	return s
+}
 
 // Subscribe asks for the named resources of a type, now and after each reconnect.
-func (c *Client) Subscribe(typeURL string, names ...string) { c.subscribe(typeURL, names) }
+func (c *Client) Subscribe(typeURL string, names ...string) { c.store.subscribe(typeURL, names) }
 
 // SubscribeAll asks for all resources of a type that this proxy may see.
-func (c *Client) SubscribeAll(typeURL string) { c.subscribe(typeURL, []string{wildcard}) }
+func (c *Client) SubscribeAll(typeURL string) { c.store.subscribe(typeURL, []string{wildcard}) }
 
 // Unsubscribe forgets the named resources. Watchers are not told.
-func (c *Client) Unsubscribe(typeURL string, names ...string) { c.unsubscribe(typeURL, names) }
+func (c *Client) Unsubscribe(typeURL string, names ...string) { c.store.unsubscribe(typeURL, names) }
 
 // Get returns the message of a subscribed resource, and what is known of it. The message is shared: do not modify it.
-func (c *Client) Get(typeURL, name string) (proto.Message, State) { return c.get(typeURL, name) }
+func (c *Client) Get(typeURL, name string) (proto.Message, State) { return c.store.get(typeURL, name) }
 
 // List returns all known subscribed resources of a type by name. The messages are shared: do not modify them.
-func (c *Client) List(typeURL string) map[string]proto.Message { return c.list(typeURL) }
+func (c *Client) List(typeURL string) map[string]proto.Message { return c.store.list(typeURL) }
 
 // Wait returns as soon as the resource is known or absent, or with ctx's error.
 func (c *Client) Wait(ctx context.Context, typeURL, name string) (proto.Message, State, error) {
-	return c.wait(ctx, typeURL, name)
+	return c.store.wait(ctx, typeURL, name)
 }
 
 // Watch calls f for every subscribed resource that is known, then for each change, until cancel is called. Get and List
 // already show a change while f is told of it. If f returns an error, the control plane is told (NACK), the previous version
-// is restored, and watchers that were told of the new one are told of the previous one again.
-func (c *Client) Watch(f func(Change) error) (cancel func()) { return c.watch(f) }
+// is restored, and watchers that were told of the new one are told of the previous one again. f is called by Run only; a
+// call that runs while cancel is called is not waited for.
+func (c *Client) Watch(f func(Change) error) (cancel func()) { return c.store.watch(f) }
 
 // PushSpans hands spans to the control plane as OTLP.
 func (c *Client) PushSpans(ctx context.Context, spans *tracepb.TracesData) error {
-	return c.pushSpans(ctx, spans)
+	// TracesData and the collector's request and response share their bytes: one repeated field, and nothing we read.
+	return c.conn.Invoke(ctx, exportMethod, spans, &emptypb.Empty{})
+}
+
+const exportMethod = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+
+func (cfg Config) withDefaults() (Config, error) {
+	switch {
+	case cfg.Role != Gateway && cfg.Role != Sidecar:
+		return cfg, fmt.Errorf("control plane client: role %q", cfg.Role)
+	case cfg.Name == "":
+		return cfg, errors.New("control plane client: no name")
+	case cfg.DataDir == nil:
+		return cfg, errors.New("control plane client: no data directory")
+	case len(cfg.ControlPlane) == 0:
+		return cfg, errors.New("control plane client: no address of a control plane")
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Source == nil {
+		cfg.Source = trust.NewSource(trust.SourceConfig{Now: cfg.Now, Logger: cfg.Logger})
+	}
+	if cfg.RenewEvery <= 0 {
+		cfg.RenewEvery = time.Hour
+	}
+	if cfg.SnapshotEvery <= 0 {
+		cfg.SnapshotEvery = time.Second
+	}
+	if cfg.Dial == nil {
+		cfg.Dial = func(ctx context.Context, addr string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "tcp", addr)
+		}
+	}
+	return cfg, nil
 }

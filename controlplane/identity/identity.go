@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package identity
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/controlplane/wire"
+	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/spiffeid"
+)
+
+// DefaultTTL is how long identities live: a day without a control plane breaks nothing, and half of one is left.
+const DefaultTTL = 36 * time.Hour
+
+const maxCSR = 16 << 10
+
+// Signer issues certificates for an ID; of the request it uses the public key only. *ca.CA is one.
+type Signer interface {
+	IssueCSR(csrDER []byte, id spiffeid.ID, ttl time.Duration) (chainDER [][]byte, err error)
+}
+
+// Config says what a Server issues from.
+type Config struct {
+	Signer Signer               // required
+	Bundle func() *trust.Bundle // of the own trust domain; required
+	Denied func(spiffeid.ID) (reason string, denied bool)
+	TTL    time.Duration // DefaultTTL
+	// Renewed hears of each identity issued. nil: nobody does.
+	Renewed func(id spiffeid.ID, notAfter time.Time)
+	Logger  *slog.Logger
+}
+
+// Server renews identities.
+type Server struct {
+	controlpb.UnimplementedIdentityServer
+	cfg Config
+}
+
+// New returns a Server.
+func New(cfg Config) (*Server, error) {
+	if cfg.Signer == nil || cfg.Bundle == nil {
+		return nil, errors.New("identity: Signer and Bundle are required")
+	}
+	if cfg.TTL <= 0 {
+		cfg.TTL = DefaultTTL
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Server{cfg: cfg}, nil
+}
+
+// Register serves on r.
+func (s *Server) Register(r grpc.ServiceRegistrar) { controlpb.RegisterIdentityServer(r, s) }
+
+// Renew issues an identity with the caller's own ID for the key of the request.
+func (s *Server) Renew(ctx context.Context, q *controlpb.RenewRequest) (*controlpb.RenewResponse, error) {
+	peer, ok := PeerFromContext(ctx)
+	if !ok {
+		return nil, status.Error(codes.Unauthenticated, "no verified identity")
+	}
+	if s.cfg.Denied != nil {
+		if reason, denied := s.cfg.Denied(peer.ID); denied {
+			return nil, wire.ToStatus(problem.New(problem.TrustRefused, "%s was withdrawn: %s", peer.ID, reason))
+		}
+	}
+	if len(q.GetCsrDer()) == 0 || len(q.GetCsrDer()) > maxCSR {
+		return nil, status.Errorf(codes.InvalidArgument, "certificate request of %d bytes", len(q.GetCsrDer()))
+	}
+	chain, err := s.cfg.Signer.IssueCSR(q.GetCsrDer(), peer.ID, s.cfg.TTL)
+	if err != nil {
+		return nil, status.Error(codes.InvalidArgument, err.Error())
+	}
+	notAfter, err := checkIssued(chain)
+	if err != nil {
+		s.cfg.Logger.Error("issued identity is unusable", "id", peer.ID, "err", err)
+		return nil, wire.ToStatus(err)
+	}
+	if s.cfg.Renewed != nil {
+		s.cfg.Renewed(peer.ID, notAfter)
+	}
+	s.cfg.Logger.Debug("identity renewed", "id", peer.ID, "not_after", notAfter)
+	return &controlpb.RenewResponse{ChainDer: chain, BundleJwks: s.cfg.Bundle().Marshal(), NotAfterUnix: notAfter.Unix()}, nil
+}
+
+func checkIssued(chain [][]byte) (time.Time, error) {
+	if len(chain) == 0 {
+		return time.Time{}, errors.New("the issuer returned no certificate")
+	}
+	leaf, err := x509.ParseCertificate(chain[0])
+	if err != nil {
+		return time.Time{}, err
+	}
+	return leaf.NotAfter, nil
+}

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package proxyclient
+
+import (
+	"context"
+	"net"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/resolver"
+	"google.golang.org/grpc/resolver/manual"
+
+	"github.com/strait-mesh/strait/trust"
+)
+
+const (
+	maxMessage       = 16 << 20 // of one message from the control plane
+	handshakeTimeout = 5 * time.Second
+	// A control plane that was cut off silently is noticed after keepaliveTime+keepaliveTimeout. The server must allow it.
+	keepaliveTime    = 10 * time.Second
+	keepaliveTimeout = 5 * time.Second
+)
+
+// dial makes the one connection. It connects when something is first asked of it, and again whenever it is lost.
+func (c *Client) dial() (*grpc.ClientConn, error) {
+	addresses := make([]resolver.Address, 0, len(c.cfg.ControlPlane))
+	for _, a := range c.cfg.ControlPlane {
+		addresses = append(addresses, resolver.Address{Addr: a})
+	}
+	replicas := manual.NewBuilderWithScheme("strait")
+	replicas.InitialState(resolver.State{Addresses: addresses})
+	creds := &recordingCredentials{
+		TransportCredentials: credentials.NewTLS(c.source.ClientTLS(trust.TLSOptions{
+			Authorize: trust.AuthorizeControlPlane(c.info.TrustDomain), ALPN: []string{"h2"},
+		})),
+		health: &c.health,
+	}
+	return grpc.NewClient("strait:///controlplane",
+		grpc.WithResolvers(replicas),
+		grpc.WithTransportCredentials(creds),
+		grpc.WithContextDialer(c.dialAddress),
+		grpc.WithDefaultServiceConfig(`{"loadBalancingConfig":[{"round_robin":{}}]}`),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithNoProxy(),
+		grpc.WithIdleTimeout(0),
+		grpc.WithUserAgent("strait-proxy/"+c.cfg.Version),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: minReconnect, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxReconnect},
+			MinConnectTimeout: handshakeTimeout,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
+	)
+}
+
+func (c *Client) dialAddress(ctx context.Context, addr string) (net.Conn, error) {
+	conn, err := c.cfg.Dial(ctx, addr)
+	if err != nil && ctx.Err() == nil {
+		c.health.failed(err)
+	}
+	return conn, err
+}
+
+// recordingCredentials keeps the reason of a failed handshake, which waiting RPCs do not show.
+type recordingCredentials struct {
+	credentials.TransportCredentials
+	health *health
+}
+
+func (r *recordingCredentials) ClientHandshake(ctx context.Context, authority string, raw net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	conn, info, err := r.TransportCredentials.ClientHandshake(ctx, authority, raw)
+	if err != nil && ctx.Err() == nil {
+		r.health.failed(err)
+	}
+	return conn, info, err
+}
+
+func (r *recordingCredentials) Clone() credentials.TransportCredentials {
+	return &recordingCredentials{r.TransportCredentials.Clone(), r.health}
+}
