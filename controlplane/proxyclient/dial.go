@@ -27,8 +27,8 @@ const (
 
 // dial makes the one connection. It connects when something is first asked of it, and again whenever it is lost.
 func (c *Client) dial() (*grpc.ClientConn, error) {
-	addresses := make([]resolver.Address, 0, len(c.cfg.ControlPlane))
-	for _, a := range c.cfg.ControlPlane {
+	addresses := make([]resolver.Address, 0, len(c.addresses))
+	for _, a := range c.addresses {
 		addresses = append(addresses, resolver.Address{Addr: a})
 	}
 	replicas := manual.NewBuilderWithScheme("strait")

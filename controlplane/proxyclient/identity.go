@@ -38,7 +38,8 @@ const (
 // storedInfo is identity/info.json.
 type storedInfo struct {
 	Info
-	Obtained time.Time
+	Obtained  time.Time
+	Addresses []string // of the control plane, as the token named them
 }
 
 // loadOrRegister puts identity and own bundle in force: from disk, else by the registration token.
@@ -87,6 +88,9 @@ func (c *Client) loadIdentity() error {
 		return err
 	}
 	c.info, c.obtained = stored.Info, stored.Obtained
+	if len(c.addresses) == 0 {
+		c.addresses = stored.Addresses
+	}
 	c.source.SetBundles(c.source.Bundles().With(bundle))
 	c.source.SetIdentity(id)
 	return nil
@@ -114,15 +118,15 @@ func (cfg Config) accepts(info Info) error {
 	return nil
 }
 
-// obtain puts an identity that was just issued in force and on disk. Only files that belong together are ever read: the
-// description comes last and first names what it needs.
+// obtain puts an identity that was just issued in force and on disk. Key and chain are one file, so that a crash leaves the
+// previous pair or the new one.
 func (c *Client) obtain(info Info, id *trust.Identity) error {
 	data, err := id.MarshalPEM()
 	if err != nil {
 		return err
 	}
 	now := c.cfg.Now()
-	described, err := json.Marshal(storedInfo{info, now})
+	described, err := json.Marshal(storedInfo{info, now, c.addresses})
 	if err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}

@@ -37,7 +37,7 @@ type Config struct {
 	Role         Role
 	Name         string        // a gateway's name, a sidecar's "<namespace>/<proxy>"
 	DataDir      *datadir.Dir  // identity, bundles and the snapshot live here; required
-	ControlPlane []string      // host:port of each replica; used in turn
+	ControlPlane []string      // host:port of each replica, used in turn; empty: those of the token
 	TokenFile    string        // registration token, read when there is no usable identity
 	Source       *trust.Source // filled and kept; nil: a new one
 	Version      string        // of this program
@@ -98,6 +98,8 @@ type Client struct {
 	bundles *bundleKeeper
 	health  health
 	closed  sync.Once
+	// addresses of the control plane, fixed after Open
+	addresses []string
 
 	identityMu sync.Mutex
 	info       Info
@@ -112,9 +114,12 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now)}
+	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), addresses: cfg.ControlPlane}
 	if err := c.loadOrRegister(ctx); err != nil {
 		return nil, err
+	}
+	if len(c.addresses) == 0 {
+		return nil, errors.New("control plane client: no address of a control plane, neither configured nor in the token")
 	}
 	c.bundles = newBundleKeeper(c.source, c.info.TrustDomain, c.cfg.DataDir)
 	if err := c.loadSnapshot(); err != nil {
@@ -228,8 +233,6 @@ func (cfg Config) withDefaults() (Config, error) {
 		return cfg, errors.New("control plane client: no name")
 	case cfg.DataDir == nil:
 		return cfg, errors.New("control plane client: no data directory")
-	case len(cfg.ControlPlane) == 0:
-		return cfg, errors.New("control plane client: no address of a control plane")
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
