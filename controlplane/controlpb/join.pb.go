@@ -960,6 +960,7 @@ type JoinCatalog struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Update        *CatalogUpdate         `protobuf:"bytes,1,opt,name=update,proto3" json:"update,omitempty"`
 	Services      uint32                 `protobuf:"varint,2,opt,name=services,proto3" json:"services,omitempty"`
+	Held          *SignedHead            `protobuf:"bytes,3,opt,name=held,proto3" json:"held,omitempty"` // the newest head the sender holds of the receiver's catalog
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1006,6 +1007,13 @@ func (x *JoinCatalog) GetServices() uint32 {
 		return x.Services
 	}
 	return 0
+}
+
+func (x *JoinCatalog) GetHeld() *SignedHead {
+	if x != nil {
+		return x.Held
+	}
+	return nil
 }
 
 type JoinRefused struct {
@@ -1441,10 +1449,11 @@ const file_join_proto_rawDesc = "" +
 	"JoinMember\x12\x18\n" +
 	"\acluster\x18\x01 \x01(\tR\acluster\x12!\n" +
 	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x16\n" +
-	"\x06region\x18\x03 \x01(\tR\x06region\"[\n" +
+	"\x06region\x18\x03 \x01(\tR\x06region\"\x86\x01\n" +
 	"\vJoinCatalog\x120\n" +
 	"\x06update\x18\x01 \x01(\v2\x18.strait.v1.CatalogUpdateR\x06update\x12\x1a\n" +
-	"\bservices\x18\x02 \x01(\rR\bservices\"o\n" +
+	"\bservices\x18\x02 \x01(\rR\bservices\x12)\n" +
+	"\x04held\x18\x03 \x01(\v2\x15.strait.v1.SignedHeadR\x04held\"o\n" +
 	"\vJoinRefused\x12\x12\n" +
 	"\x04code\x18\x01 \x01(\tR\x04code\x12\x12\n" +
 	"\x04what\x18\x02 \x01(\tR\x04what\x12\x10\n" +
@@ -1510,6 +1519,7 @@ var file_join_proto_goTypes = []any{
 	(*ProbeBody)(nil),          // 14: strait.v1.ProbeBody
 	(*GatewayRecord)(nil),      // 15: strait.v1.GatewayRecord
 	(*CatalogUpdate)(nil),      // 16: strait.v1.CatalogUpdate
+	(*SignedHead)(nil),         // 17: strait.v1.SignedHead
 }
 var file_join_proto_depIdxs = []int32{
 	2,  // 0: strait.v1.JoinToken.gateways:type_name -> strait.v1.JoinTokenGateway
@@ -1524,12 +1534,13 @@ var file_join_proto_depIdxs = []int32{
 	15, // 9: strait.v1.JoinFacts.gateways:type_name -> strait.v1.GatewayRecord
 	9,  // 10: strait.v1.JoinFacts.members:type_name -> strait.v1.JoinMember
 	16, // 11: strait.v1.JoinCatalog.update:type_name -> strait.v1.CatalogUpdate
-	2,  // 12: strait.v1.Introduction.subject_gateways:type_name -> strait.v1.JoinTokenGateway
-	13, // [13:13] is the sub-list for method output_type
-	13, // [13:13] is the sub-list for method input_type
-	13, // [13:13] is the sub-list for extension type_name
-	13, // [13:13] is the sub-list for extension extendee
-	0,  // [0:13] is the sub-list for field type_name
+	17, // 12: strait.v1.JoinCatalog.held:type_name -> strait.v1.SignedHead
+	2,  // 13: strait.v1.Introduction.subject_gateways:type_name -> strait.v1.JoinTokenGateway
+	14, // [14:14] is the sub-list for method output_type
+	14, // [14:14] is the sub-list for method input_type
+	14, // [14:14] is the sub-list for extension type_name
+	14, // [14:14] is the sub-list for extension extendee
+	0,  // [0:14] is the sub-list for field type_name
 }
 
 func init() { file_join_proto_init() }
