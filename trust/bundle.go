@@ -5,6 +5,7 @@ package trust
 import (
 	"bytes"
 	"crypto/ecdsa"
+	"crypto/ed25519"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -12,6 +13,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"math/big"
+	"slices"
 	"sort"
 	"time"
 
@@ -35,7 +39,8 @@ type Bundle struct {
 	pool     *x509.CertPool
 }
 
-// NewBundle makes a bundle. Without roots it is valid and verifies nothing.
+// NewBundle makes a bundle. Without roots it is valid and verifies nothing. A root must be a CA certificate and, when it
+// carries a SPIFFE ID, be td's own; one that stands twice counts once.
 func NewBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, sequence uint64) (*Bundle, error) {
 	if td.IsZero() {
 		return nil, errors.New("bundle: no trust domain")
@@ -43,11 +48,49 @@ func NewBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, sequence uint
 	if len(roots) > MaxBundleRoots {
 		return nil, fmt.Errorf("bundle of %s: %d roots; at most %d", td, len(roots), MaxBundleRoots)
 	}
-	b := &Bundle{td: td, roots: append([]*x509.Certificate(nil), roots...), sequence: sequence, pool: x509.NewCertPool()}
+	b := &Bundle{td: td, sequence: sequence, pool: x509.NewCertPool()}
 	for _, c := range roots {
+		if slices.ContainsFunc(b.roots, c.Equal) {
+			continue
+		}
+		if err := errors.Join(issuerUsage(c), issuerID(c, td), checkKey(c)); err != nil {
+			return nil, fmt.Errorf("bundle of %s: root %q: %w", td, c.Subject.CommonName, err)
+		}
+		b.roots = append(b.roots, c)
 		b.pool.AddCert(c)
 	}
 	return b, nil
+}
+
+// maxSignatures bounds how many roots of one name are tried for a stranger's chain.
+const maxSignatures = 4
+
+// anchors checks that every certificate of chain names the next one as its issuer, and that a root signed the last: one
+// signature, unless roots share a name without key identifiers.
+func (b *Bundle) anchors(chain []*x509.Certificate) error {
+	for len(chain) > 1 && slices.ContainsFunc(b.roots, chain[len(chain)-1].Equal) { // a root sent along
+		chain = chain[:len(chain)-1]
+	}
+	last := chain[len(chain)-1]
+	for i, c := range chain[:len(chain)-1] {
+		if !bytes.Equal(c.RawIssuer, chain[i+1].RawSubject) {
+			return fmt.Errorf("certificate %d was not issued by the one after it", i)
+		}
+	}
+	tried := 0
+	for _, root := range b.roots {
+		if !bytes.Equal(root.RawSubject, last.RawIssuer) ||
+			len(last.AuthorityKeyId) > 0 && len(root.SubjectKeyId) > 0 && !bytes.Equal(last.AuthorityKeyId, root.SubjectKeyId) {
+			continue
+		}
+		if tried++; tried > maxSignatures {
+			break
+		}
+		if last.CheckSignatureFrom(root) == nil {
+			return nil
+		}
+	}
+	return errors.New("no root of its trust domain signed it")
 }
 
 // TrustDomain is whose roots these are.
@@ -93,13 +136,29 @@ func (b *Bundle) NotAfter() time.Time {
 
 // WithRoots is a copy with other roots and the next sequence number.
 func (b *Bundle) WithRoots(roots []*x509.Certificate) (*Bundle, error) {
-	return NewBundle(b.td, roots, b.sequence+1)
+	n, err := NewBundle(b.td, roots, b.sequence+1)
+	if err == nil {
+		n.refresh = b.refresh
+	}
+	return n, err
 }
 
-type jwksDoc struct {
-	Keys     *[]jwk      `json:"keys"`
-	Sequence json.Number `json:"spiffe_sequence,omitempty"`
-	Refresh  json.Number `json:"spiffe_refresh_hint,omitempty"`
+// ErrRollback is a bundle that would go back: a lower sequence, or the same one with other roots.
+var ErrRollback = errors.New("bundle goes back")
+
+// CheckUpdate says whether next may replace b, which may be nil. Publishers without sequences (0) always may.
+func (b *Bundle) CheckUpdate(next *Bundle) error {
+	switch {
+	case b == nil:
+		return nil
+	case b.td != next.td:
+		return fmt.Errorf("bundle of %s offered for %s", next.td, b.td)
+	case next.sequence < b.sequence:
+		return fmt.Errorf("bundle of %s: sequence %d after %d: %w", b.td, next.sequence, b.sequence, ErrRollback)
+	case next.sequence == b.sequence && next.sequence != 0 && next.Hash() != b.Hash():
+		return fmt.Errorf("bundle of %s: two bundles of sequence %d: %w", b.td, b.sequence, ErrRollback)
+	}
+	return nil
 }
 
 type jwk struct {
@@ -128,10 +187,10 @@ func (b *Bundle) Marshal() []byte {
 			k.Kty, k.Crv = "EC", pub.Curve.Params().Name
 			k.X, k.Y = base64.RawURLEncoding.EncodeToString(raw[1:1+n]), base64.RawURLEncoding.EncodeToString(raw[1+n:])
 		case *rsa.PublicKey:
-			e := []byte{byte(pub.E >> 16), byte(pub.E >> 8), byte(pub.E)}
-			k.Kty, k.N, k.E = "RSA", base64.RawURLEncoding.EncodeToString(pub.N.Bytes()), base64.RawURLEncoding.EncodeToString(bytes.TrimLeft(e, "\x00"))
-		default:
-			k.Kty = "OKP"
+			k.Kty, k.N = "RSA", base64.RawURLEncoding.EncodeToString(pub.N.Bytes())
+			k.E = base64.RawURLEncoding.EncodeToString(big.NewInt(int64(pub.E)).Bytes())
+		case ed25519.PublicKey:
+			k.Kty, k.Crv, k.X = "OKP", "Ed25519", base64.RawURLEncoding.EncodeToString(pub)
 		}
 		keys = append(keys, k)
 	}
@@ -148,64 +207,119 @@ func (b *Bundle) Marshal() []byte {
 }
 
 // ParseBundle reads a SPIFFE bundle document of td. Keys of unknown kty or use are ignored; a document without "keys" is
-// refused, one with empty "keys" verifies nothing. Only the first certificate of an x5c counts.
+// refused, one with empty "keys" verifies nothing. Only the first certificate of an x5c counts. A name that stands twice in
+// an object is refused, since two parsers could read two documents.
 func ParseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
-	if len(data) > MaxBundleSize {
-		return nil, fmt.Errorf("bundle of %s: %d bytes; at most %d", td, len(data), MaxBundleSize)
-	}
-	var doc jwksDoc
-	dec := json.NewDecoder(bytes.NewReader(data))
-	if err := dec.Decode(&doc); err != nil {
-		return nil, fmt.Errorf("bundle of %s: %w", td, err)
-	}
-	if doc.Keys == nil {
-		return nil, fmt.Errorf(`bundle of %s: no "keys"`, td)
-	}
-	if bytes.Contains(data, []byte(`"spiffe_sequence":"`)) || bytes.Contains(data, []byte(`"spiffe_sequence": "`)) {
-		return nil, fmt.Errorf("bundle of %s: spiffe_sequence is no number", td)
-	}
-	var sequence uint64
-	if doc.Sequence != "" {
-		n, err := parseUint(doc.Sequence)
-		if err != nil {
-			return nil, fmt.Errorf("bundle of %s: spiffe_sequence: %w", td, err)
-		}
-		sequence = n
-	}
-	var roots []*x509.Certificate
-	for i, k := range *doc.Keys {
-		if k.Use != "x509-svid" || k.Kty != "EC" && k.Kty != "RSA" && k.Kty != "OKP" {
-			continue
-		}
-		if len(k.X5c) == 0 {
-			return nil, fmt.Errorf("bundle of %s: key %d has no x5c", td, i)
-		}
-		der, err := base64.StdEncoding.DecodeString(k.X5c[0])
-		if err != nil {
-			return nil, fmt.Errorf("bundle of %s: key %d: %w", td, i, err)
-		}
-		c, err := x509.ParseCertificate(der)
-		if err != nil {
-			return nil, fmt.Errorf("bundle of %s: key %d: %w", td, i, err)
-		}
-		roots = append(roots, c)
-	}
-	b, err := NewBundle(td, roots, sequence)
+	b, err := parseBundle(td, data)
 	if err != nil {
-		return nil, err
-	}
-	if doc.Refresh != "" {
-		if n, err := doc.Refresh.Int64(); err == nil && n != 0 {
-			b.refresh = min(max(time.Duration(min(n, int64(MaxRefreshHint/time.Second)))*time.Second, MinRefreshHint), MaxRefreshHint)
-		}
+		return nil, fmt.Errorf("parse bundle of %s: %w", td, err)
 	}
 	return b, nil
 }
 
-func parseUint(n json.Number) (uint64, error) {
-	var v uint64
-	err := json.Unmarshal([]byte(n.String()), &v)
-	return v, err
+func parseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
+	if len(data) > MaxBundleSize {
+		return nil, fmt.Errorf("%d bytes; at most %d", len(data), MaxBundleSize)
+	}
+	doc, err := readObject(data)
+	if err != nil {
+		return nil, err
+	}
+	var keys []json.RawMessage
+	if raw, ok := doc["keys"]; !ok || json.Unmarshal(raw, &keys) != nil || keys == nil {
+		return nil, errors.New(`no "keys"`)
+	}
+	var sequence *uint64
+	if raw, ok := doc["spiffe_sequence"]; ok && (json.Unmarshal(raw, &sequence) != nil || sequence == nil) {
+		return nil, errors.New("spiffe_sequence is no sequence number")
+	}
+	var hint *float64 // some publishers write 10e8
+	if raw, ok := doc["spiffe_refresh_hint"]; ok && (json.Unmarshal(raw, &hint) != nil || hint == nil) {
+		return nil, errors.New("spiffe_refresh_hint is no number")
+	}
+	var roots []*x509.Certificate
+	for i, raw := range keys {
+		c, err := readKey(raw)
+		if err != nil {
+			return nil, fmt.Errorf("key %d: %w", i, err)
+		}
+		if c != nil {
+			roots = append(roots, c)
+		}
+	}
+	if sequence == nil {
+		sequence = new(uint64)
+	}
+	b, err := NewBundle(td, roots, *sequence)
+	if err != nil {
+		return nil, err
+	}
+	if hint != nil {
+		seconds := min(max(*hint, MinRefreshHint.Seconds()), MaxRefreshHint.Seconds())
+		b.refresh = time.Duration(seconds) * time.Second
+	}
+	return b, nil
+}
+
+// readKey returns the root that a JWK holds, nil when it is no X.509 root.
+func readKey(raw json.RawMessage) (*x509.Certificate, error) {
+	key, err := readObject(raw)
+	if err != nil {
+		return nil, err
+	}
+	var use, kty string
+	for name, v := range map[string]*string{"use": &use, "kty": &kty} {
+		if raw, ok := key[name]; ok && json.Unmarshal(raw, v) != nil {
+			return nil, fmt.Errorf("%s is no string", name)
+		}
+	}
+	if use != "x509-svid" || kty != "EC" && kty != "RSA" && kty != "OKP" {
+		return nil, nil
+	}
+	if _, ok := key["kid"]; ok {
+		return nil, errors.New("an x509-svid key with a kid")
+	}
+	var x5c []string
+	if raw, ok := key["x5c"]; !ok || json.Unmarshal(raw, &x5c) != nil || len(x5c) == 0 {
+		return nil, errors.New("no x5c")
+	}
+	der, err := base64.StdEncoding.DecodeString(x5c[0])
+	if err != nil {
+		return nil, fmt.Errorf("x5c: %w", err)
+	}
+	return x509.ParseCertificate(der)
+}
+
+// readObject splits a JSON object by its exact names and refuses names that stand twice. (encoding/json would take the last,
+// and ignore case.)
+func readObject(data []byte) (map[string]json.RawMessage, error) {
+	dec := json.NewDecoder(bytes.NewReader(data))
+	if t, err := dec.Token(); err != nil || t != json.Delim('{') {
+		return nil, errors.New("no JSON object")
+	}
+	out := map[string]json.RawMessage{}
+	for dec.More() {
+		t, err := dec.Token()
+		if err != nil {
+			return nil, err
+		}
+		name, _ := t.(string)
+		if _, ok := out[name]; ok {
+			return nil, fmt.Errorf("%q stands twice", name)
+		}
+		var v json.RawMessage
+		if err := dec.Decode(&v); err != nil {
+			return nil, err
+		}
+		out[name] = v
+	}
+	if _, err := dec.Token(); err != nil {
+		return nil, err
+	}
+	if _, err := dec.Token(); err != io.EOF {
+		return nil, errors.New("something after the JSON object")
+	}
+	return out, nil
 }
 
 // Bundles is an immutable set of bundles, one per trust domain, that are never merged.
@@ -217,6 +331,9 @@ type Bundles struct {
 func NewBundles(list ...*Bundle) (*Bundles, error) {
 	m := make(map[spiffeid.TrustDomain]*Bundle, len(list))
 	for _, b := range list {
+		if b == nil {
+			return nil, errors.New("bundles: no bundle")
+		}
 		if m[b.td] != nil {
 			return nil, fmt.Errorf("bundles: %s stands twice", b.td)
 		}

@@ -7,8 +7,10 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,6 +20,20 @@ import (
 
 // HandshakeTimeout is how long any listener waits for a handshake.
 const HandshakeTimeout = 5 * time.Second
+
+// ALPNJoin is the one protocol whose clients may be unverified after the handshake.
+const ALPNJoin = "strait-join/1"
+
+// Handshake completes the handshake of c within HandshakeTimeout; c is closed when it fails.
+func Handshake(ctx context.Context, c *tls.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, HandshakeTimeout)
+	defer cancel()
+	if err := c.HandshakeContext(ctx); err != nil {
+		_ = c.NetConn().Close() // Close would wait up to 5 s to write an alert to one who does not read
+		return err
+	}
+	return nil
+}
 
 // SourceConfig configures a Source.
 type SourceConfig struct {
@@ -96,11 +112,11 @@ func (s *Source) Changed() <-chan struct{} {
 	return s.changed
 }
 
-// Ready waits until there is an identity.
+// Ready waits until there are an identity and the bundle of its trust domain.
 func (s *Source) Ready(ctx context.Context) error {
 	for {
 		changed := s.Changed()
-		if s.Identity() != nil {
+		if m := s.cur.Load(); m.identity != nil && m.bundles.Get(m.identity.ID.TrustDomain()) != nil {
 			return nil
 		}
 		select {
@@ -124,10 +140,11 @@ type TLSOptions struct {
 
 	// AuthorizeHello, on a server, chooses the authorizer by what the client asked for; nil: Authorize.
 	AuthorizeHello func(*tls.ClientHelloInfo) (Authorize, error)
-	// AcceptUnverifiedClient lets a server accept a client chain whose bundle it does not have yet. The chain proves
-	// possession of its key and nothing else. For strait-join/1 only.
+	// AcceptUnverifiedClient lets a server accept a client chain whose bundle it does not have yet. The chain, in
+	// ConnectionState.PeerCertificates, proves possession of its key and nothing else. For ALPNJoin alone: with another
+	// ALPN every handshake fails.
 	AcceptUnverifiedClient bool
-	// ServerOnly asks the client for no certificate. For strait-register/1 only.
+	// ServerOnly asks the client for no certificate. For strait-register/1 only; the client must offer one of ALPN.
 	ServerOnly bool
 	// SendRoots makes a server append its bundle's roots to its chain, for clients that pin the bundle's hash.
 	SendRoots bool
@@ -167,13 +184,22 @@ func baseConfig(o TLSOptions) *tls.Config {
 func (s *Source) ServerTLS(o TLSOptions) *tls.Config {
 	c := baseConfig(o)
 	c.ClientAuth = tls.RequireAnyClientCert
-	if o.ServerOnly {
-		c.ClientAuth = tls.NoClientCert
-	}
 	c.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.ownCertificate(o.SendRoots) }
-	if !o.ServerOnly && !o.AcceptUnverifiedClient {
-		c.VerifyConnection = s.verifyConnection(o.Authorize)
+	switch {
+	case o.ServerOnly:
+		c.ClientAuth = tls.NoClientCert
+		c.VerifyConnection = func(cs tls.ConnectionState) error { return checkProtocol(cs, o.ALPN) }
+		return c
+	case o.AcceptUnverifiedClient:
+		c.VerifyConnection = func(cs tls.ConnectionState) error {
+			if err := checkProtocol(cs, []string{ALPNJoin}); err != nil {
+				return err
+			}
+			return checkSize(cs.PeerCertificates, MaxChainLength)
+		}
+		return c
 	}
+	c.VerifyConnection = s.verifyConnection(o.Authorize)
 	if o.AuthorizeHello != nil {
 		c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
 			authorize, err := o.AuthorizeHello(h)
@@ -189,12 +215,49 @@ func (s *Source) ServerTLS(o TLSOptions) *tls.Config {
 	return c
 }
 
+// checkProtocol keeps what a listener grants to one protocol from clients that negotiate none.
+func checkProtocol(cs tls.ConnectionState, want []string) error {
+	if cs.DidResume || cs.NegotiatedProtocol == "" || !slices.Contains(want, cs.NegotiatedProtocol) {
+		return &VerifyError{Reason: "untrusted", Err: fmt.Errorf("protocol %q on a connection for %v", cs.NegotiatedProtocol, want)}
+	}
+	return nil
+}
+
+// ByALPN serves several configurations on one port: a client gets the first that has one of the protocols that it offers, and
+// no handshake when there is none.
+func ByALPN(configs ...*tls.Config) *tls.Config {
+	out := baseConfig(TLSOptions{})
+	out.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		for _, c := range configs {
+			if !slices.ContainsFunc(h.SupportedProtos, func(p string) bool { return slices.Contains(c.NextProtos, p) }) {
+				continue
+			}
+			if c.GetConfigForClient != nil {
+				if d, err := c.GetConfigForClient(h); d != nil || err != nil {
+					return d, err
+				}
+			}
+			return c, nil
+		}
+		return nil, &VerifyError{Reason: "untrusted", Err: errors.New("no protocol of this port was offered")}
+	}
+	return out
+}
+
 // ClientTLS is the configuration of a dialler.
 func (s *Source) ClientTLS(o TLSOptions) *tls.Config {
+	return clientConfig(o, s, s.verifyConnection(o.Authorize))
+}
+
+// clientConfig is the one place that turns the standard library's verification off: it compares host names, and trust is a
+// matter of SPIFFE IDs. verify takes its place, on every handshake.
+func clientConfig(o TLSOptions, s *Source, verify func(tls.ConnectionState) error) *tls.Config {
 	c := baseConfig(o)
-	c.InsecureSkipVerify = true // names are SPIFFE IDs: VerifyConnection judges the chain
-	c.VerifyConnection = s.verifyConnection(o.Authorize)
-	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.ownCertificate(false) }
+	c.InsecureSkipVerify = true
+	c.VerifyConnection = verify
+	if s != nil {
+		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.ownCertificate(false) }
+	}
 	return c
 }
 
@@ -231,16 +294,16 @@ type Pinned struct {
 // roots after its chain (SendRoots), and they count only when they are exactly what was pinned. With a source the client
 // presents its identity, too; without one it is anonymous. got is called once, after verification.
 func PinnedClientTLS(pin [32]byte, s *Source, now func() time.Time, o TLSOptions, got func(Pinned)) *tls.Config {
-	c := baseConfig(o)
-	c.InsecureSkipVerify = true // the pin takes the place of a pool; see VerifyConnection
+	if s != nil {
+		now = s.now
+	}
 	if now == nil {
 		now = time.Now
 	}
-	if s != nil {
-		now = s.now
-		c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return s.ownCertificate(false) }
-	}
-	c.VerifyConnection = func(cs tls.ConnectionState) error {
+	return clientConfig(o, s, func(cs tls.ConnectionState) error {
+		if cs.DidResume {
+			return &VerifyError{Reason: "untrusted", Err: errors.New("a resumed session")}
+		}
 		p, err := verifyPinned(cs.PeerCertificates, pin, now())
 		if err != nil {
 			return err
@@ -252,19 +315,18 @@ func PinnedClientTLS(pin [32]byte, s *Source, now func() time.Time, o TLSOptions
 			got(*p)
 		}
 		return nil
-	}
-	return c
+	})
 }
 
 func verifyPinned(chain []*x509.Certificate, pin [32]byte, now time.Time) (*Pinned, error) {
-	if len(chain) == 0 || len(chain) > MaxChainLength+MaxBundleRoots {
-		return nil, &VerifyError{Reason: "no_certificate"}
+	if err := checkSize(chain, MaxChainLength+MaxBundleRoots); err != nil {
+		return nil, err
 	}
 	id, err := leafID(chain[0])
 	if err != nil {
 		return nil, err
 	}
-	// The roots are the longest tail of self-issued CA certificates whose hash is the pin.
+	// The roots are the tail whose hash is the pin.
 	for at := 1; at < len(chain); at++ {
 		roots := chain[at:]
 		if hashRoots(roots) != pin {

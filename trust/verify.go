@@ -3,11 +3,18 @@
 package trust
 
 import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -48,35 +55,52 @@ type Peer struct {
 	Chain    []*x509.Certificate
 }
 
-// Verify judges a presented chain, leaf first: one URI SAN that is a SPIFFE ID, the key usages of a leaf, and a path to a
-// root of the bundle of exactly the claimed trust domain, at now. Errors are *VerifyError. It authorizes nobody.
+// Verify judges a presented chain, leaf first and each certificate followed by its issuer: one URI SAN that is a SPIFFE ID,
+// the key usages of a leaf, and a path to a root of the bundle of exactly the claimed trust domain, at now. Errors are
+// *VerifyError. It authorizes nobody.
+//
+// Cheap rules come first. A stranger costs one signature check: the chain's last certificate must be signed by a root before
+// anything else about signatures is looked at.
 func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, error) {
-	if len(chain) == 0 {
-		return nil, &VerifyError{Reason: "no_certificate"}
-	}
-	size := 0
-	for _, c := range chain {
-		size += len(c.Raw)
-	}
-	if len(chain) > MaxChainLength || size > MaxChainBytes {
-		return nil, &VerifyError{Reason: "too_large", Err: fmt.Errorf("%d certificates of %d bytes; at most %d of %d", len(chain), size, MaxChainLength, MaxChainBytes)}
+	if err := checkSize(chain, MaxChainLength); err != nil {
+		return nil, err
 	}
 	leaf := chain[0]
 	id, err := leafID(leaf)
 	if err != nil {
 		return nil, err
 	}
-	if err := leafUsage(leaf); err != nil {
-		return nil, &VerifyError{Reason: "bad_usage", ID: id, Err: err}
+	refuse := func(reason string, err error) (*Peer, error) {
+		return nil, &VerifyError{Reason: reason, ID: id, Err: err}
 	}
-	for _, c := range chain[1:] {
-		if err := issuerID(c, id.TrustDomain()); err != nil {
-			return nil, &VerifyError{Reason: "bad_san", ID: id, Err: err}
+	if err := leafUsage(leaf); err != nil {
+		return refuse("bad_usage", err)
+	}
+	for i, c := range chain {
+		if err := checkKey(c); err != nil {
+			return refuse("bad_usage", err)
+		}
+		if i > 0 {
+			if err := issuerID(c, id.TrustDomain()); err != nil {
+				return refuse("bad_san", err)
+			}
+			if err := issuerUsage(c); err != nil {
+				return refuse("bad_usage", err)
+			}
+		}
+		switch {
+		case now.Before(c.NotBefore):
+			return refuse("not_yet_valid", fmt.Errorf("valid from %s", c.NotBefore.UTC().Format(time.RFC3339)))
+		case now.After(c.NotAfter):
+			return refuse("expired", fmt.Errorf("valid until %s", c.NotAfter.UTC().Format(time.RFC3339)))
 		}
 	}
 	bundle := bundles.Get(id.TrustDomain())
 	if bundle == nil {
-		return nil, &VerifyError{Reason: "unknown_trust_domain", ID: id}
+		return refuse("unknown_trust_domain", nil)
+	}
+	if err := bundle.anchors(chain); err != nil {
+		return refuse("untrusted", err)
 	}
 	intermediates := x509.NewCertPool()
 	for _, c := range chain[1:] {
@@ -86,32 +110,76 @@ func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, 
 		Roots: bundle.pool, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return nil, &VerifyError{Reason: pathReason(chain, now, err), ID: id, Err: err}
+		return refuse(pathReason(now, bundle, err), err)
 	}
-	p := &Peer{ID: id, Chain: chain}
-	for _, c := range paths[0] {
-		if p.NotAfter.IsZero() || c.NotAfter.Before(p.NotAfter) {
-			p.NotAfter = c.NotAfter
+	for _, path := range paths {
+		if err = checkConstraints(path, id.TrustDomain()); err == nil {
+			return &Peer{ID: id, Chain: chain, NotAfter: firstEnd(path)}, nil
 		}
 	}
-	return p, nil
+	return refuse("untrusted", err)
 }
 
-func pathReason(chain []*x509.Certificate, now time.Time, err error) string {
+func checkSize(chain []*x509.Certificate, most int) error {
+	if len(chain) == 0 {
+		return &VerifyError{Reason: "no_certificate"}
+	}
+	size := 0
+	for _, c := range chain {
+		size += len(c.Raw)
+	}
+	if len(chain) > most || size > MaxChainBytes {
+		return &VerifyError{Reason: "too_large", Err: fmt.Errorf("%d certificates of %d bytes; at most %d of %d", len(chain), size, most, MaxChainBytes)}
+	}
+	return nil
+}
+
+func firstEnd(chain []*x509.Certificate) time.Time {
+	end := chain[0].NotAfter
+	for _, c := range chain[1:] {
+		if c.NotAfter.Before(end) {
+			end = c.NotAfter
+		}
+	}
+	return end
+}
+
+func pathReason(now time.Time, b *Bundle, err error) string {
 	var invalid x509.CertificateInvalidError
-	if errors.As(err, &invalid) && invalid.Reason == x509.Expired {
-		for _, c := range chain {
-			if now.Before(c.NotBefore) {
-				return "not_yet_valid"
+	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+		return "untrusted"
+	}
+	for _, c := range b.roots { // everything presented is valid now: it is a root
+		if now.Before(c.NotBefore) {
+			return "not_yet_valid"
+		}
+	}
+	return "expired"
+}
+
+// checkConstraints holds td to the URI name constraints of a verified path. Go applies them as well, but takes a constraint
+// as a suffix and ignores case; here a permitted name must be td itself, and a name excluded covers what lies below it.
+func checkConstraints(path []*x509.Certificate, td spiffeid.TrustDomain) error {
+	name := td.String()
+	for _, c := range path[1:] {
+		if len(c.PermittedURIDomains) > 0 && !slices.Contains(c.PermittedURIDomains, name) {
+			return fmt.Errorf("%s is not among the names that %q may sign", name, c.Subject.CommonName)
+		}
+		for _, x := range c.ExcludedURIDomains {
+			x = strings.ToLower(strings.TrimPrefix(x, "."))
+			if name == x || strings.HasSuffix(name, "."+x) {
+				return fmt.Errorf("%s is among the names that %q may not sign", name, c.Subject.CommonName)
 			}
 		}
-		return "expired"
 	}
-	return "untrusted"
+	return nil
 }
 
-// oidSAN is id-ce-subjectAltName.
-var oidSAN = asn1.ObjectIdentifier{2, 5, 29, 17}
+// id-ce-subjectAltName and id-ce-keyUsage.
+var (
+	oidSAN      = asn1.ObjectIdentifier{2, 5, 29, 17}
+	oidKeyUsage = asn1.ObjectIdentifier{2, 5, 29, 15}
+)
 
 // leafID reads the one URI SAN from the certificate's bytes: Go's parser hands out url.URL values, which have lost
 // distinctions (case of the scheme, escapes) that an exact comparison needs.
@@ -154,6 +222,37 @@ func uriSANs(c *x509.Certificate) ([]string, error) {
 	return uris, nil
 }
 
+// minRSA is the shortest RSA modulus accepted anywhere in a chain, in bits.
+const minRSA = 2048
+
+func checkKey(c *x509.Certificate) error {
+	switch k := c.PublicKey.(type) {
+	case *ecdsa.PublicKey, ed25519.PublicKey:
+		return nil
+	case *rsa.PublicKey:
+		if k.N.BitLen() < minRSA {
+			return fmt.Errorf("an RSA key of %d bits; at least %d", k.N.BitLen(), minRSA)
+		}
+		return nil
+	default:
+		return errors.New("a public key of an unsupported kind")
+	}
+}
+
+// issuerUsage holds a signing certificate of the chain to X509-SVID sections 4.1 and 4.3.
+func issuerUsage(c *x509.Certificate) error {
+	if !c.BasicConstraintsValid || !c.IsCA {
+		return errors.New("a certificate that is no CA in an issuer's place")
+	}
+	if c.KeyUsage&x509.KeyUsageCertSign == 0 {
+		return errors.New("keyCertSign is missing on an issuer")
+	}
+	return nil
+}
+
+// emptyName is the DER of a subject without attributes.
+var emptyName = []byte{0x30, 0x00}
+
 // leafUsage holds a leaf to X509-SVID section 4 and appendix A.
 func leafUsage(c *x509.Certificate) error {
 	if c.IsCA {
@@ -165,14 +264,11 @@ func leafUsage(c *x509.Certificate) error {
 	if c.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
 		return errors.New("digitalSignature is missing")
 	}
-	critical := false
-	for _, ext := range c.Extensions {
-		if ext.Id.Equal(asn1.ObjectIdentifier{2, 5, 29, 15}) {
-			critical = ext.Critical
-		}
-	}
-	if !critical {
+	if !isCritical(c, oidKeyUsage) {
 		return errors.New("key usage is not critical")
+	}
+	if bytes.Equal(c.RawSubject, emptyName) && !isCritical(c, oidSAN) {
+		return errors.New("neither a subject nor a critical subject alternative name")
 	}
 	if len(c.ExtKeyUsage) == 0 && len(c.UnknownExtKeyUsage) == 0 {
 		return nil
@@ -186,6 +282,10 @@ func leafUsage(c *x509.Certificate) error {
 		return errors.New("extended key usage without both serverAuth and clientAuth")
 	}
 	return nil
+}
+
+func isCritical(c *x509.Certificate, oid asn1.ObjectIdentifier) bool {
+	return slices.ContainsFunc(c.Extensions, func(e pkix.Extension) bool { return e.Id.Equal(oid) && e.Critical })
 }
 
 // issuerID holds a signing certificate's SPIFFE ID, if it has one, to the leaf's trust domain and to having no path.
@@ -234,20 +334,17 @@ func AuthorizeTrustDomain(td spiffeid.TrustDomain) Authorize {
 func AuthorizeAny() Authorize { return func(spiffeid.ID) error { return nil } }
 
 // PeerFromState is the other end of a connection whose handshake a config of this package has verified. It reads the leaf's ID
-// again and judges nothing.
+// again and judges nothing. Connections of ALPNJoin have no verified client; it refuses them.
 func PeerFromState(cs tls.ConnectionState) (*Peer, error) {
 	if !cs.HandshakeComplete || len(cs.PeerCertificates) == 0 {
 		return nil, &VerifyError{Reason: "no_certificate"}
+	}
+	if cs.NegotiatedProtocol == ALPNJoin {
+		return nil, &VerifyError{Reason: "untrusted", Err: errors.New("clients of " + ALPNJoin + " are not verified by the handshake")}
 	}
 	id, err := leafID(cs.PeerCertificates[0])
 	if err != nil {
 		return nil, err
 	}
-	p := &Peer{ID: id, Chain: cs.PeerCertificates}
-	for _, c := range cs.PeerCertificates {
-		if p.NotAfter.IsZero() || c.NotAfter.Before(p.NotAfter) {
-			p.NotAfter = c.NotAfter
-		}
-	}
-	return p, nil
+	return &Peer{ID: id, Chain: cs.PeerCertificates, NotAfter: firstEnd(cs.PeerCertificates)}, nil
 }
