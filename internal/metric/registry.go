@@ -258,7 +258,7 @@ func (r *Registry) Histogram(name, help string, buckets []float64, labels ...str
 		Name: name, Help: help, Buckets: buckets, NativeHistogramBucketFactor: 1.1, NativeHistogramMaxBucketNumber: 100,
 	}, labels)
 	r.wrapped.MustRegister(vec)
-	series := max(r.series/(len(buckets)+3), min(16, r.series))
+	series := max(r.series/4, min(16, r.series))
 	return &Histogram{newFamily(r, name, len(labels), series, func(v ...string) prometheus.Observer { return vec.WithLabelValues(v...) })}
 }
 
