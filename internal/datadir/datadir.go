@@ -11,11 +11,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/strait-mesh/strait/internal/problem"
 )
@@ -41,12 +43,6 @@ type Dir struct {
 	path string
 	lock *os.File
 	once sync.Once
-	seq  *tempNames
-}
-
-type tempNames struct {
-	mu sync.Mutex
-	n  uint64
 }
 
 // Create makes a data directory. The path may exist when it is empty.
@@ -55,15 +51,15 @@ func Create(path string) (*Dir, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create data directory: %w", err)
 	}
-	if err := os.MkdirAll(path, 0o700); err != nil {
+	if err := mkdirSynced(path); err != nil {
 		return nil, problem.New(problem.ConfigInvalid, "data directory: %v", err).Wrap(err)
 	}
 	entries, err := os.ReadDir(path)
 	if err != nil {
 		return nil, fmt.Errorf("create data directory: %w", err)
 	}
-	d := &Dir{path: path, seq: &tempNames{}}
-	if len(entries) == 0 {
+	d := &Dir{path: path}
+	if !slices.ContainsFunc(entries, foreign) {
 		if err := os.Chmod(path, 0o700); err != nil {
 			return nil, fmt.Errorf("create data directory: %w", err)
 		}
@@ -82,13 +78,19 @@ func Create(path string) (*Dir, error) {
 	return d, nil
 }
 
+// foreign reports whether an entry keeps a directory from being empty. A mount point's lost+found does not, nor does what
+// a Create that was cut short leaves behind.
+func foreign(e fs.DirEntry) bool {
+	return e.Name() != "lost+found" && !isTemporary(e.Name())
+}
+
 // Open opens an existing data directory.
 func Open(path string, o Options) (*Dir, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, fmt.Errorf("open data directory: %w", err)
 	}
-	d := &Dir{path: path, seq: &tempNames{}}
+	d := &Dir{path: path}
 	if err := d.checkFormat(); err != nil {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil, problem.New(problem.ConfigInvalid, "%s is no data directory of Strait", path).
@@ -108,7 +110,29 @@ func Open(path string, o Options) (*Dir, error) {
 		return nil, problem.New(problem.DataDirBusy, "%s is locked by another process", path).Wrap(err)
 	}
 	d.lock = f
+	d.sweep()
 	return d, nil
+}
+
+// sweepAge spares the files of a writer that holds no lock and is at it now.
+const sweepAge = time.Minute
+
+// sweep removes temporary files that a crash left behind, where WriteFile makes them: secrets should not linger in them. The
+// configuration store below store/ is not ours to touch. What cannot be removed stays.
+func (d *Dir) sweep() {
+	_ = filepath.WalkDir(d.path, func(p string, e fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return nil
+		case e.IsDir() && p == d.Path("store"):
+			return fs.SkipDir
+		case e.Type().IsRegular() && isTemporary(e.Name()):
+			if st, err := e.Info(); err == nil && time.Since(st.ModTime()) > sweepAge {
+				_ = os.Remove(p)
+			}
+		}
+		return nil
+	})
 }
 
 func (d *Dir) checkFormat() error {
@@ -149,10 +173,10 @@ func (d *Dir) Sub(rel string) (*Dir, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(p, 0o700); err != nil {
+	if err := mkdirSynced(p); err != nil {
 		return nil, fmt.Errorf("make %s: %w", rel, err)
 	}
-	return &Dir{path: p, seq: d.seq}, nil
+	return &Dir{path: p}, nil
 }
 
 // local refuses names that leave the directory.
@@ -169,15 +193,11 @@ func (d *Dir) WriteFile(rel string, data []byte) error {
 	if err != nil {
 		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+	if err := mkdirSynced(filepath.Dir(p)); err != nil {
 		return fmt.Errorf("write %s: %w", rel, err)
 	}
-	d.seq.mu.Lock()
-	d.seq.n++
-	tmp := fmt.Sprintf("%s.tmp-%d-%d", p, os.Getpid(), d.seq.n)
-	d.seq.mu.Unlock()
-	if err := writeSynced(tmp, data); err != nil {
-		_ = os.Remove(tmp)
+	tmp, err := writeTemporary(p, data)
+	if err != nil {
 		return fmt.Errorf("write %s: %w", rel, err)
 	}
 	if err := os.Rename(tmp, p); err != nil {
@@ -190,16 +210,47 @@ func (d *Dir) WriteFile(rel string, data []byte) error {
 	return nil
 }
 
-func writeSynced(name string, data []byte) error {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+const temporary = ".tmp-"
+
+func isTemporary(name string) bool { return strings.Contains(name, temporary) }
+
+// writeTemporary writes data, synced, to a new file beside p. Its name is random: a process in a container has the same
+// number after each restart, and meets what it left behind.
+func writeTemporary(p string, data []byte) (string, error) {
+	f, err := os.CreateTemp(filepath.Dir(p), filepath.Base(p)+temporary+"*") // 0600
 	if err != nil {
-		return err
+		return "", err
 	}
 	_, err = f.Write(data)
 	if err == nil {
 		err = f.Sync()
 	}
-	return errors.Join(err, f.Close())
+	if err = errors.Join(err, f.Close()); err != nil {
+		_ = os.Remove(f.Name())
+		return "", err
+	}
+	return f.Name(), nil
+}
+
+// mkdirSynced makes a directory and those above it, each durably.
+func mkdirSynced(p string) error {
+	st, err := os.Stat(p)
+	switch {
+	case err == nil && st.IsDir():
+		return nil
+	case err == nil:
+		return &fs.PathError{Op: "mkdir", Path: p, Err: syscall.ENOTDIR}
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	above := filepath.Dir(p)
+	if err := mkdirSynced(above); err != nil {
+		return err
+	}
+	if err := os.Mkdir(p, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return syncDir(above)
 }
 
 func syncDir(name string) error {
@@ -271,10 +322,17 @@ func (d *Dir) Remove(rel string) error {
 	if err != nil {
 		return err
 	}
-	if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err = os.Remove(p)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = syncDir(filepath.Dir(p))
+	}
+	if err != nil {
 		return fmt.Errorf("remove %s: %w", rel, err)
 	}
-	return syncDir(filepath.Dir(p))
+	return nil
 }
 
 // List returns the names of the regular files in a directory, sorted, without temporary and damaged ones. An absent
@@ -293,7 +351,7 @@ func (d *Dir) List(rel string) ([]string, error) {
 	}
 	var names []string
 	for _, e := range entries {
-		if e.Type().IsRegular() && !strings.Contains(e.Name(), ".tmp-") && !strings.Contains(e.Name(), ".corrupt-") {
+		if e.Type().IsRegular() && !isTemporary(e.Name()) && !strings.Contains(e.Name(), ".corrupt-") {
 			names = append(names, e.Name())
 		}
 	}

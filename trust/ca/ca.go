@@ -17,6 +17,7 @@ import (
 	"math/big"
 	"net"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -32,6 +33,8 @@ const (
 	DefaultTTL     = 36 * time.Hour
 	Backdate       = 10 * time.Minute // NotBefore lies this far back, for clocks that differ
 	issuerRenewal  = 90 * 24 * time.Hour
+
+	maxRequest = 16 << 10
 )
 
 // Config of a CA.
@@ -112,8 +115,7 @@ func Open(dir *datadir.Dir, cfg Config) (*CA, error) {
 	if !cfg.TrustDomain.IsZero() && cfg.TrustDomain != c.td {
 		return nil, fmt.Errorf("open CA: the root is of %s, not of %s", c.td, cfg.TrustDomain)
 	}
-	c.issuer, err = c.load(issuerFile)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && c.now().After(c.issuer.cert.NotAfter.Add(-issuerRenewal)) {
+	if c.issuer, err = c.load(issuerFile); errors.Is(err, fs.ErrNotExist) {
 		if c.issuer, err = c.newIssuer(); err == nil {
 			err = c.save(issuerFile, c.issuer)
 		}
@@ -121,12 +123,23 @@ func Open(dir *datadir.Dir, cfg Config) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
+	if err := c.issuer.cert.CheckSignatureFrom(c.root.cert); err != nil {
+		return nil, fmt.Errorf("open CA: the issuer is not the root's: %w", err)
+	}
+	if c.issuer, err = c.currentIssuer(); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
 	jwks, err := dir.ReadFile(bundleFile)
 	if err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
-	c.bundle, err = trust.ParseBundle(c.td, jwks)
-	return c, err
+	if c.bundle, err = trust.ParseBundle(c.td, jwks); err != nil {
+		return nil, fmt.Errorf("open CA: %w", err)
+	}
+	if !slices.ContainsFunc(c.bundle.Roots(), c.root.cert.Equal) {
+		return nil, fmt.Errorf("open CA: %s lacks the root", bundleFile)
+	}
+	return c, nil
 }
 
 func newCA(dir *datadir.Dir, cfg Config) *CA {
@@ -252,19 +265,41 @@ func (c *CA) Bundle() *trust.Bundle {
 }
 
 // IssuerNotAfter is the end of the issuer.
-func (c *CA) IssuerNotAfter() time.Time { return c.issuer.cert.NotAfter }
+func (c *CA) IssuerNotAfter() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.issuer.cert.NotAfter
+}
+
+// currentIssuer replaces the issuer when it nears its end: control planes run for longer than a year. While that fails the
+// present one serves as long as it is valid.
+func (c *CA) currentIssuer() (*pair, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	now := c.now()
+	if now.Before(c.issuer.cert.NotAfter.Add(-issuerRenewal)) || !c.issuer.cert.NotAfter.Before(c.root.cert.NotAfter) {
+		return c.issuer, nil
+	}
+	next, err := c.newIssuer()
+	if err == nil {
+		err = c.save(issuerFile, next)
+	}
+	if err == nil {
+		c.issuer = next
+	} else if now.After(c.issuer.cert.NotAfter) {
+		return nil, err
+	}
+	return c.issuer, nil
+}
 
 // IssueCSR signs an identity for the request's public key; everything else in the request is ignored. ttl 0 is 36 h; no
 // identity outlives the issuer.
 func (c *CA) IssueCSR(csrDER []byte, id spiffeid.ID, ttl time.Duration) ([][]byte, error) {
-	csr, err := x509.ParseCertificateRequest(csrDER)
+	pub, err := requestKey(csrDER)
 	if err != nil {
 		return nil, fmt.Errorf("issue %s: %w", id, err)
 	}
-	if err := csr.CheckSignature(); err != nil {
-		return nil, fmt.Errorf("issue %s: %w", id, err)
-	}
-	return c.issue(csr.PublicKey, id, ttl)
+	return c.issue(pub, id, ttl)
 }
 
 // IssueKey makes a key and signs an identity for it: for the control plane's own roles.
@@ -280,30 +315,59 @@ func (c *CA) IssueKey(id spiffeid.ID, ttl time.Duration) (*trust.Identity, error
 	return trust.NewIdentity(chain, key)
 }
 
+func checkKey(pub crypto.PublicKey) error {
+	if k, ok := pub.(*ecdsa.PublicKey); !ok || k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
+		return errors.New("want an ECDSA key on P-256 or P-384")
+	}
+	return nil
+}
+
+// requestKey reads a certificate request, proves that its sender holds the key, and forgets everything else in it.
+func requestKey(csrDER []byte) (crypto.PublicKey, error) {
+	if len(csrDER) > maxRequest {
+		return nil, fmt.Errorf("a certificate request of %d bytes; at most %d", len(csrDER), maxRequest)
+	}
+	csr, err := x509.ParseCertificateRequest(csrDER)
+	if err != nil {
+		return nil, err
+	}
+	if err := checkKey(csr.PublicKey); err != nil { // before its signature costs anything
+		return nil, err
+	}
+	return csr.PublicKey, csr.CheckSignature()
+}
+
 func (c *CA) issue(pub crypto.PublicKey, id spiffeid.ID, ttl time.Duration) ([][]byte, error) {
 	if id.IsZero() || id.TrustDomain() != c.td {
 		return nil, fmt.Errorf("issue %s: not of trust domain %s", id, c.td)
 	}
-	if k, ok := pub.(*ecdsa.PublicKey); !ok || k.Curve != elliptic.P256() && k.Curve != elliptic.P384() {
-		return nil, fmt.Errorf("issue %s: want an ECDSA key on P-256 or P-384", id)
+	if err := checkKey(pub); err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
 	}
 	if ttl <= 0 {
 		ttl = DefaultTTL
 	}
+	issuer, err := c.currentIssuer()
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", id, err)
+	}
 	now := c.now()
+	if !now.Before(issuer.cert.NotAfter) {
+		return nil, fmt.Errorf("issue %s: the issuer has expired", id)
+	}
 	t := &x509.Certificate{
 		SerialNumber: serial(), Subject: pkix.Name{Organization: []string{"Strait"}}, URIs: []*url.URL{id.URL()},
 		NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
-	if t.NotAfter.After(c.issuer.cert.NotAfter) {
-		t.NotAfter = c.issuer.cert.NotAfter
+	if t.NotAfter.After(issuer.cert.NotAfter) {
+		t.NotAfter = issuer.cert.NotAfter
 	}
-	der, err := x509.CreateCertificate(rand.Reader, t, c.issuer.cert, pub, c.issuer.key)
+	der, err := x509.CreateCertificate(rand.Reader, t, issuer.cert, pub, issuer.key)
 	if err != nil {
 		return nil, fmt.Errorf("issue %s: %w", id, err)
 	}
-	return [][]byte{der, c.issuer.cert.Raw}, nil
+	return [][]byte{der, issuer.cert.Raw}, nil
 }
 
 // APIRootPEM is the certificate that clients of the configuration API verify against.
@@ -331,14 +395,11 @@ func (c *CA) IssueServing(dns []string, ips []net.IP, ttl time.Duration) (certPE
 // IssueAPIClient signs a client certificate of the configuration API for the request's public key: user name and groups as
 // Kubernetes reads them from the subject.
 func (c *CA) IssueAPIClient(csrDER []byte, name string, groups []string, ttl time.Duration) (certPEM []byte, err error) {
-	csr, err := x509.ParseCertificateRequest(csrDER)
-	if err == nil {
-		err = csr.CheckSignature()
-	}
+	pub, err := requestKey(csrDER)
 	if err != nil {
 		return nil, fmt.Errorf("issue API client %s: %w", name, err)
 	}
-	return c.issueAPI(csr.PublicKey, pkix.Name{CommonName: name, Organization: groups}, x509.ExtKeyUsageClientAuth, nil, nil, ttl)
+	return c.issueAPI(pub, pkix.Name{CommonName: name, Organization: groups}, x509.ExtKeyUsageClientAuth, nil, nil, ttl)
 }
 
 func (c *CA) issueAPI(pub crypto.PublicKey, subject pkix.Name, usage x509.ExtKeyUsage, dns []string, ips []net.IP, ttl time.Duration) ([]byte, error) {
@@ -349,6 +410,9 @@ func (c *CA) issueAPI(pub crypto.PublicKey, subject pkix.Name, usage x509.ExtKey
 	t := &x509.Certificate{
 		SerialNumber: serial(), Subject: subject, NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: dns, IPAddresses: ips,
+	}
+	if t.NotAfter.After(c.api.cert.NotAfter) {
+		t.NotAfter = c.api.cert.NotAfter
 	}
 	der, err := x509.CreateCertificate(rand.Reader, t, c.api.cert, pub, c.api.key)
 	if err != nil {

@@ -3,6 +3,7 @@
 package register
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,7 +17,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"sync"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -46,17 +46,20 @@ func readMessage(r io.Reader, m proto.Message) error {
 	if n == 0 || n > maxMessage {
 		return fmt.Errorf("a message of %d bytes; at most %d", n, maxMessage)
 	}
-	buf := make([]byte, n)
-	if _, err := io.ReadFull(r, buf); err != nil {
-		return err
+	var buf bytes.Buffer // grows with what has come, not with what was announced
+	if got, err := io.CopyN(&buf, r, int64(n)); err != nil {
+		return fmt.Errorf("%d of %d bytes: %w", got, n, err)
 	}
-	return proto.Unmarshal(buf, m)
+	return proto.Unmarshal(buf.Bytes(), m)
 }
 
 func writeMessage(w io.Writer, m proto.Message) error {
 	body, err := proto.Marshal(m)
 	if err != nil {
 		return err
+	}
+	if len(body) > maxMessage {
+		return fmt.Errorf("a message of %d bytes; at most %d", len(body), maxMessage)
 	}
 	_, err = w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(body))), body...))
 	return err
@@ -69,19 +72,19 @@ func exporter(c *tls.Conn) ([]byte, error) {
 
 // Server answers registrations on connections whose handshake chose ALPN.
 type Server struct {
-	Tokens     *Tokens
+	Tokens *Tokens
+	// Sign issues an identity for the key of a request whose signature has been checked; *ca.CA's IssueCSR does it.
 	Sign       func(csrDER []byte, id spiffeid.ID) (chainDER [][]byte, err error)
 	Bundle     func() *trust.Bundle
 	Cluster    string
 	Federation string
-	Logger     *slog.Logger
-	// Rate is how many exchanges a second are answered, with a burst of ten times as many (20).
+	Logger     *slog.Logger // nil: discard
+	// Rate is how many exchanges a second are answered in all, with a burst of ten times as many; 0: 20. One address gets a
+	// tenth of it.
 	Rate float64
-	Now  func() time.Time
+	Now  func() time.Time // nil: time.Now
 
-	mu     sync.Mutex
-	tokens float64
-	filled time.Time
+	limit limiter
 }
 
 func (s *Server) now() time.Time {
@@ -91,40 +94,37 @@ func (s *Server) now() time.Time {
 	return time.Now()
 }
 
-// admit is a token bucket over all callers: guessing is slow, and so is a flood.
-func (s *Server) admit() bool {
-	rate := s.Rate
-	if rate <= 0 {
-		rate = 20
+func (s *Server) log() *slog.Logger {
+	if s.Logger != nil {
+		return s.Logger
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := s.now()
-	if s.filled.IsZero() {
-		s.tokens = rate * 10
-	} else {
-		s.tokens = min(rate*10, s.tokens+now.Sub(s.filled).Seconds()*rate)
-	}
-	s.filled = now
-	if s.tokens < 1 {
-		return false
-	}
-	s.tokens--
-	return true
+	return slog.New(slog.DiscardHandler)
 }
 
-// ServeConn answers one exchange and closes the connection.
+// TLS is the configuration of the exchange, for a listener that chooses by ALPN (trust.ByALPN).
+func TLS(source *trust.Source) *tls.Config {
+	return source.ServerTLS(trust.TLSOptions{ServerOnly: true, SendRoots: true, ALPN: []string{ALPN}})
+}
+
+// ServeConn completes the handshake if that has not happened, answers one exchange and closes the connection, all within
+// Timeout.
 func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
-	defer c.Close()
+	ctx, cancel := context.WithTimeout(ctx, Timeout)
+	defer cancel()
+	raw := c.NetConn()
+	defer raw.Close() // the answer is written by then; Close of c would wait for one who does not read
 	_ = c.SetDeadline(time.Now().Add(Timeout))
-	stop := context.AfterFunc(ctx, func() { _ = c.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = raw.Close() })
 	defer stop()
-	var req controlpb.RegisterRequest
-	if err := readMessage(c, &req); err != nil {
+	if err := c.HandshakeContext(ctx); err != nil || c.ConnectionState().NegotiatedProtocol != ALPN {
 		return
 	}
-	resp := s.answer(c, &req)
-	if err := writeMessage(c, resp); err == nil {
+	var req controlpb.RegisterRequest
+	if err := readMessage(c, &req); err != nil {
+		s.log().Debug("registration unreadable", "address", c.RemoteAddr().String(), "error", err.Error())
+		return
+	}
+	if err := writeMessage(c, s.answer(c, &req)); err == nil {
 		_ = c.CloseWrite()
 	}
 }
@@ -132,9 +132,11 @@ func (s *Server) ServeConn(ctx context.Context, c *tls.Conn) {
 func (s *Server) answer(c *tls.Conn, req *controlpb.RegisterRequest) *controlpb.RegisterResponse {
 	grant, chain, err := s.grant(c, req)
 	if err != nil {
-		if s.Logger != nil {
-			s.Logger.Warn("registration refused", "token", req.TokenId, "remote", c.RemoteAddr().String(), "err", err)
+		id := req.TokenId
+		if !validID(id) {
+			id = "malformed"
 		}
+		s.log().Warn("registration refused", "token", id, "address", c.RemoteAddr().String(), "error", err.Error())
 		p := problem.From(err)
 		if p.Code == problem.Internal {
 			p = problem.New(problem.Internal, "the control plane could not issue an identity")
@@ -145,21 +147,24 @@ func (s *Server) answer(c *tls.Conn, req *controlpb.RegisterRequest) *controlpb.
 	if err != nil {
 		return &controlpb.RegisterResponse{ErrorCode: string(problem.Internal), ErrorMessage: "malformed certificate"}
 	}
-	if s.Logger != nil {
-		s.Logger.Info("registered", "spiffe_id", grant.SPIFFEID.String(), "name", grant.Name, "token", req.TokenId)
-	}
+	s.log().Info("registered", "spiffe_id", grant.SPIFFEID.String(), "name", grant.Name, "token", req.TokenId)
 	return &controlpb.RegisterResponse{
 		ChainDer: chain, BundleJwks: s.Bundle().Marshal(), NotAfterUnix: leaf.NotAfter.Unix(), SpiffeId: grant.SPIFFEID.String(),
 		Name: grant.Name, Cluster: s.Cluster, Federation: s.Federation, Locality: &controlpb.Locality{Region: grant.Region, Zone: grant.Zone},
 	}
 }
 
+// grant goes from cheap to dear: rate, proof (two hashes), then the request's signature, then the store and the CA. Nobody
+// without the secret makes us check a signature.
 func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]byte, error) {
-	if !s.admit() {
+	if !s.limit.admit(c.RemoteAddr(), s.now(), s.Rate) {
 		return Grant{}, nil, refused("too many registrations at once; try again in a moment")
 	}
 	exp, err := exporter(c)
 	if err != nil {
+		return Grant{}, nil, err
+	}
+	if err := s.Tokens.judge(req.TokenId, req.Proof, exp, req.CsrDer); err != nil {
 		return Grant{}, nil, err
 	}
 	csr, err := x509.ParseCertificateRequest(req.CsrDer)
@@ -169,11 +174,14 @@ func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]
 	if err != nil {
 		return Grant{}, nil, refused("the certificate request is malformed")
 	}
-	grant, err := s.Tokens.redeem(req.TokenId, req.Proof, exp, req.CsrDer, sha256.Sum256(csr.RawSubjectPublicKeyInfo))
+	grant, err := s.Tokens.bind(req.TokenId, sha256.Sum256(csr.RawSubjectPublicKeyInfo))
 	if err != nil {
 		return Grant{}, nil, err
 	}
 	chain, err := s.Sign(req.CsrDer, grant.SPIFFEID)
+	if err == nil && len(chain) == 0 {
+		err = errors.New("no certificate was issued")
+	}
 	return grant, chain, err
 }
 
@@ -181,7 +189,8 @@ func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]
 type ClientConfig struct {
 	Token     Token
 	Addresses []string // of the control plane; empty: the token's
-	// Key to certify; nil: a new one. Repeating with the same key after a lost answer is allowed.
+	// Key to certify; nil: a new one. The token is bound to the first key: keep the key on disk before, and a registration
+	// whose answer was lost may be repeated with it.
 	Key  *ecdsa.PrivateKey
 	Dial func(ctx context.Context, addr string) (net.Conn, error) // nil: TCP
 	Now  func() time.Time
@@ -198,8 +207,8 @@ type Result struct {
 	Zone       string
 }
 
-// Register redeems the token at the first address that answers. A refusal is a *problem.Error of STR-5301; errors of the
-// network are plain.
+// Register redeems the token at the first address where the control plane named in it answers; its refusal is final. Refusals
+// are *problem.Error of STR-5301; errors of the network are plain.
 func Register(ctx context.Context, cfg ClientConfig) (*Result, error) {
 	if len(cfg.Addresses) == 0 {
 		cfg.Addresses = cfg.Token.Addresses
@@ -225,8 +234,12 @@ func Register(ctx context.Context, cfg ClientConfig) (*Result, error) {
 	var errs []error
 	for _, addr := range cfg.Addresses {
 		r, err := registerAt(ctx, cfg, addr)
-		if err == nil || problem.Is(err, problem.RegistrationRefused) {
-			return r, err
+		if err == nil {
+			return r, nil
+		}
+		var imposter *trust.VerifyError
+		if problem.Is(err, problem.RegistrationRefused) && !errors.As(err, &imposter) {
+			return nil, err
 		}
 		errs = append(errs, fmt.Errorf("register at %s: %w", addr, err))
 	}
@@ -280,6 +293,9 @@ func result(cfg ClientConfig, resp *controlpb.RegisterResponse) (*Result, error)
 	if err != nil {
 		return nil, err
 	}
+	if got, want := resp.Name, cfg.Token.Name; id.ID.String() != resp.SpiffeId || got != want {
+		return nil, fmt.Errorf("the answer is for %q (%s), the token for %q", got, resp.SpiffeId, want)
+	}
 	b, err := trust.ParseBundle(cfg.Token.TrustDomain, resp.BundleJwks)
 	if err != nil {
 		return nil, err
@@ -288,7 +304,7 @@ func result(cfg ClientConfig, resp *controlpb.RegisterResponse) (*Result, error)
 	if err != nil {
 		return nil, err
 	}
-	if _, err := trust.Verify(id.Chain, bundles, cfg.Now()); err != nil {
+	if _, err := trust.Verify(id.Chain, bundles, cfg.Now()); err != nil { // an ID of another trust domain finds no bundle
 		return nil, fmt.Errorf("the identity received: %w", err)
 	}
 	return &Result{

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sort"
 	"strings"
 	"sync"
@@ -50,6 +51,12 @@ type Token struct {
 // String names the token without its secret.
 func (t Token) String() string { return "registration token " + t.ID }
 
+// GoString is String: %#v prints no secret either.
+func (t Token) GoString() string { return t.String() }
+
+// LogValue is String, for slog.
+func (t Token) LogValue() slog.Value { return slog.StringValue(t.String()) }
+
 // Encode is the text of a token file.
 func (t Token) Encode() string {
 	body, err := json.Marshal(t)
@@ -82,15 +89,21 @@ func ParseToken(text string) (Token, error) {
 	}
 	dec := json.NewDecoder(bytes.NewReader(body))
 	dec.DisallowUnknownFields()
-	if err := dec.Decode(&t); err != nil {
+	if err := dec.Decode(&t); err != nil || dec.More() {
 		return bad("its content is malformed")
 	}
-	if t.ID == "" || len(t.Secret) != 16 || len(t.BundleSHA256) != 32 || t.TrustDomain.IsZero() || t.Kind != KindGateway && t.Kind != KindSidecar {
+	if !validID(t.ID) || len(t.Secret) != 16 || len(t.BundleSHA256) != 32 || t.TrustDomain.IsZero() || t.Kind != KindGateway && t.Kind != KindSidecar {
 		return bad("its content is incomplete")
 	}
 	return t, nil
 }
 
+// validID accepts what Issue makes: 16 letters and digits of base32.
+func validID(id string) bool {
+	return len(id) == 16 && strings.Trim(id, "abcdefghijklmnopqrstuvwxyz234567") == ""
+}
+
+// deriveKey makes what the store keeps. The secret is 128 random bits: nothing slower is needed.
 func deriveKey(secret []byte) []byte {
 	m := hmac.New(sha256.New, secret)
 	m.Write([]byte("strait-register/1 key"))
@@ -100,7 +113,7 @@ func deriveKey(secret []byte) []byte {
 func proofOf(key, exporter, csr []byte) []byte {
 	sum := sha256.Sum256(csr)
 	m := hmac.New(sha256.New, key)
-	m.Write([]byte("strait-register/1 proof"))
+	m.Write([]byte(ALPN))
 	m.Write(exporter)
 	m.Write(sum[:])
 	return m.Sum(nil)
@@ -169,15 +182,12 @@ func OpenTokens(dir *datadir.Dir, now func() time.Time) (*Tokens, error) {
 			return nil, err
 		}
 		var r Record
-		if err := json.Unmarshal(data, &r); err != nil {
-			return nil, fmt.Errorf("registration token %s: %w", name, err)
-		}
-		if now().After(r.Expires.Add(24 * time.Hour)) {
-			_ = dir.Remove(tokensDir + "/" + name)
-			continue
+		if err := json.Unmarshal(data, &r); err != nil || r.ID != name {
+			return nil, fmt.Errorf("registration token %s: not a record of it: %w", name, err)
 		}
 		t.records[r.ID] = r
 	}
+	t.pruneLocked()
 	return t, nil
 }
 
@@ -190,6 +200,7 @@ func (t *Tokens) Issue(g Grant, ttl time.Duration) (Token, error) {
 	r := Record{ID: id, Key: deriveKey(tok.Secret), Grant: g, Expires: tok.Expires}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.pruneLocked()
 	if len(t.records) >= maxTokens {
 		return Token{}, fmt.Errorf("issue registration token: %d tokens are kept; revoke some", maxTokens)
 	}
@@ -197,6 +208,17 @@ func (t *Tokens) Issue(g Grant, ttl time.Duration) (Token, error) {
 		return Token{}, err
 	}
 	return tok, nil
+}
+
+// keepEnded is how long the record of an ended token stays, so that its holder learns why it is refused.
+const keepEnded = 24 * time.Hour
+
+func (t *Tokens) pruneLocked() {
+	for id, r := range t.records {
+		if t.now().After(r.Expires.Add(keepEnded)) && t.dir.Remove(tokensDir+"/"+id) == nil {
+			delete(t.records, id)
+		}
+	}
 }
 
 func (t *Tokens) saveLocked(r Record) error {
@@ -240,8 +262,9 @@ func refused(why string) error {
 	return problem.New(problem.RegistrationRefused, "the control plane refused the token").WithWhy("%s", why)
 }
 
-// redeem judges a proof and binds the token to the public key, durably, before it returns.
-func (t *Tokens) redeem(id string, proof, exporter, csr []byte, publicKey [32]byte) (Grant, error) {
+// judge checks a proof, and whether its token may still be redeemed; it changes nothing. An unknown token costs the same
+// work and gets the same answer as a wrong proof.
+func (t *Tokens) judge(id string, proof, exporter, csr []byte) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	r, known := t.records[id]
@@ -250,20 +273,37 @@ func (t *Tokens) redeem(id string, proof, exporter, csr []byte, publicKey [32]by
 		key = make([]byte, sha256.Size)
 	}
 	if !hmac.Equal(proof, proofOf(key, exporter, csr)) || !known {
+		return refused("the token is unknown here, or its secret is not right")
+	}
+	return t.usable(r)
+}
+
+func (t *Tokens) usable(r Record) error {
+	if state := r.State(t.now()); state == "revoked" || state == "expired" {
+		return refused("the token is " + state)
+	}
+	return nil
+}
+
+// bind gives the token to a public key, durably, before it returns: compare-and-swap from nobody or from that same key.
+func (t *Tokens) bind(id string, publicKey [32]byte) (Grant, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	r, ok := t.records[id]
+	if !ok {
 		return Grant{}, refused("the token is unknown here, or its secret is not right")
 	}
-	bound := hex.EncodeToString(publicKey[:])
-	switch state := r.State(t.now()); {
-	case state == "revoked" || state == "expired":
-		return Grant{}, refused("the token is " + state)
-	case r.Bound == bound:
-		return r.Grant, nil
-	case r.Bound != "":
-		return Grant{}, refused("the token was used already")
-	}
-	r.Bound = bound
-	if err := t.saveLocked(r); err != nil {
+	if err := t.usable(r); err != nil { // it may have been revoked since judge
 		return Grant{}, err
 	}
-	return r.Grant, nil
+	bound := hex.EncodeToString(publicKey[:])
+	switch r.Bound {
+	case bound:
+		return r.Grant, nil
+	case "":
+		r.Bound = bound
+		return r.Grant, t.saveLocked(r)
+	default:
+		return Grant{}, refused("the token was used already")
+	}
 }

@@ -14,7 +14,8 @@ const (
 	catalogSigner  = "/strait/catalog-signer"
 )
 
-func make1(td TrustDomain, path string) (ID, error) {
+// below is the ID of td with path, judged like any other.
+func below(td TrustDomain, path string) (ID, error) {
 	if td.IsZero() {
 		return ID{}, errors.New("SPIFFE ID: no trust domain")
 	}
@@ -33,7 +34,7 @@ func Workload(td TrustDomain, namespace, serviceAccount string) (ID, error) {
 	if err := errors.Join(segment(namespace), segment(serviceAccount)); err != nil {
 		return ID{}, err
 	}
-	return make1(td, "/ns/"+namespace+"/sa/"+serviceAccount)
+	return below(td, "/ns/"+namespace+"/sa/"+serviceAccount)
 }
 
 // Gateway is spiffe://<td>/strait/gateway/<name>.
@@ -41,7 +42,7 @@ func Gateway(td TrustDomain, name string) (ID, error) {
 	if err := segment(name); err != nil {
 		return ID{}, err
 	}
-	return make1(td, gatewayPrefix+name)
+	return below(td, gatewayPrefix+name)
 }
 
 // Operator is spiffe://<td>/strait/operator/<name>.
@@ -49,18 +50,18 @@ func Operator(td TrustDomain, name string) (ID, error) {
 	if err := segment(name); err != nil {
 		return ID{}, err
 	}
-	return make1(td, operatorPrefix+name)
+	return below(td, operatorPrefix+name)
 }
 
 // ControlPlane is spiffe://<td>/strait/controlplane; the zero ID for no trust domain.
 func ControlPlane(td TrustDomain) ID {
-	id, _ := make1(td, controlPlane)
+	id, _ := below(td, controlPlane)
 	return id
 }
 
 // CatalogSigner is spiffe://<td>/strait/catalog-signer; the zero ID for no trust domain.
 func CatalogSigner(td TrustDomain) ID {
-	id, _ := make1(td, catalogSigner)
+	id, _ := below(td, catalogSigner)
 	return id
 }
 

@@ -111,7 +111,8 @@ func checkPath(path string) error {
 	return nil
 }
 
-// FromURL parses the URI SAN u by its text.
+// FromURL parses u by its text. A parsed URL has lost distinctions that an exact comparison needs (case of the scheme, an
+// empty fragment): names in a peer's certificate are parsed from its bytes, by package trust.
 func FromURL(u *url.URL) (ID, error) {
 	if u == nil {
 		return ID{}, errors.New("SPIFFE ID: no URI")

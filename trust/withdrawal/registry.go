@@ -100,27 +100,30 @@ func (r *Registry) removeLocked(e *entry) bool {
 	return true
 }
 
-// Judge asks judge about every subject and ends those that are refused, with the reason given. It returns how many.
+// Judge asks judge about every subject and ends those that are refused, with the reason given. It returns how many. judge
+// runs without the registry's lock.
 func (r *Registry) Judge(judge func(Subject) (reason string, ok bool)) int {
-	type verdict struct {
-		e      *entry
-		reason string
-	}
-	var ended []verdict
 	r.mu.Lock()
+	all := make([]*entry, 0, len(r.entries))
 	for e := range r.entries {
-		if reason, ok := judge(e.subject); !ok {
-			ended = append(ended, verdict{e, reason})
-		}
-	}
-	for _, v := range ended {
-		r.removeLocked(v.e)
+		all = append(all, e)
 	}
 	r.mu.Unlock()
-	for _, v := range ended {
-		v.e.end(v.reason)
+	ended := 0
+	for _, e := range all {
+		reason, ok := judge(e.subject)
+		if ok {
+			continue
+		}
+		r.mu.Lock()
+		stood := r.removeLocked(e)
+		r.mu.Unlock()
+		if stood {
+			ended++
+			e.end(reason)
+		}
 	}
-	return len(ended)
+	return ended
 }
 
 // Len is how many subjects stand.
