@@ -17,7 +17,7 @@ type markKey struct{}
 type sentMark struct {
 	asks    atomic.Int32 // for a connection; each one but the first means that the try before it was not looked at
 	refused atomic.Bool  // and we gave no further one
-	wrote   atomic.Bool // a head was written
+	wrote   atomic.Bool  // a head was written
 }
 
 // attach returns r with the hooks. GetBody lets the transport come back to us for a second connection even if the body
