@@ -20,9 +20,6 @@ import (
 	"github.com/strait-mesh/strait/trust/withdrawal"
 )
 
-// Class is that of inner connections in the withdrawal registry.
-const Class withdrawal.Class = "inner_out"
-
 // Target is where a connection leads and who may answer.
 type Target struct {
 	SNI  string
@@ -84,12 +81,14 @@ type Conn struct {
 	Via     *local.Session // nil inside the cluster
 	Handle  preface.Handle
 	Counter uint64
-	// Until is when either end's certificate ends.
-	Until time.Time
+	Made    time.Time
+	Until   time.Time // when either end's certificate ends
 
-	remove func()
-	closed sync.Once
-	reason atomic.Pointer[string]
+	counted *countConn
+	remove  func()
+	closed  sync.Once
+	reason  atomic.Pointer[string]
+	onClose func()
 }
 
 // keepAlive finds a dead host below the application's patience; live but stuck processes are found by what runs above.
@@ -193,7 +192,7 @@ func (d *Dialer) finish(conn *tls.Conn, counted *countConn, pc *preface.Conn, t 
 		conn.NetConn().Close()
 		return nil, &Error{Kind: Unreachable, Err: fmt.Errorf("callee speaks none of %v", t.ALPN)}
 	}
-	c := &Conn{Conn: conn, Peer: peer, Via: t.Via, Until: peer.NotAfter, counted: counted, remove: func() {}}
+	c := &Conn{Conn: conn, Peer: peer, Via: t.Via, Made: time.Now(), Until: peer.NotAfter, counted: counted, remove: func() {}}
 	if own.NotAfter.Before(c.Until) {
 		c.Until = own.NotAfter
 	}
@@ -202,7 +201,7 @@ func (d *Dialer) finish(conn *tls.Conn, counted *countConn, pc *preface.Conn, t 
 	}
 	if d.Enter != nil {
 		c.remove = d.Enter(withdrawal.Subject{
-			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: t.Export, Class: Class, NotAfter: c.Until,
+			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: t.Export, Class: withdrawal.Outbound, NotAfter: c.Until,
 		}, peer, c.Withdraw)
 	}
 	return c, nil
@@ -232,11 +231,17 @@ func (c *Conn) Reason() string {
 	return ""
 }
 
+// OnClose sets what Close calls once. Set it before the connection is used.
+func (c *Conn) OnClose(f func()) { c.onClose = f }
+
 // Close ends the connection and leaves the registry. It never waits for the far end.
 func (c *Conn) Close() error {
 	var err error
 	c.closed.Do(func() {
 		c.remove()
+		if c.onClose != nil {
+			c.onClose()
+		}
 		c.Conn.SetDeadline(time.Now().Add(time.Second)) // bounds the close_notify
 		err = c.Conn.Close()
 	})

@@ -18,9 +18,6 @@ import (
 	"github.com/strait-mesh/strait/trust/withdrawal"
 )
 
-// Class is that of local sessions in the withdrawal registry.
-const Class withdrawal.Class = "local_session"
-
 // wireVersion is of the messages; a gateway that answers another one is not used.
 const wireVersion = 1
 
@@ -182,7 +179,7 @@ func (s *Set) greet(ctx context.Context, g Gateway, conn *tls.Conn) (*Session, e
 	session.rotateIn = max(until.Sub(s.cfg.Now())/2, time.Second)
 	if s.cfg.Enter != nil {
 		session.remove = s.cfg.Enter(withdrawal.Subject{
-			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: Class, NotAfter: until,
+			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: withdrawal.LocalSession, NotAfter: until,
 		}, peer, session.end)
 	}
 	return session, nil

@@ -104,19 +104,19 @@ type Set struct {
 	cfg  Config
 	wake chan struct{}
 
-	mu      sync.Mutex
-	wanted  map[string]Gateway
-	live    map[string]*Session // by gateway name; welcomed, not retiring
-	all     map[*Session]struct{}
-	health  *controlpb.LocalHealth
-	updated time.Time // when the first session was asked for; zero before
+	mu     sync.Mutex
+	wanted map[string]Gateway
+	live   map[string]*Session // by gateway name; welcomed, not retiring
+	all    map[*Session]struct{}
+	health *controlpb.LocalHealth
+	lost   time.Time // since when no session is live; zero while one is
 }
 
 // New returns a Set that leads nowhere yet.
 func New(cfg Config) *Set {
 	return &Set{
 		cfg: cfg.withDefaults(), wake: make(chan struct{}, 1), wanted: map[string]Gateway{},
-		live: map[string]*Session{}, all: map[*Session]struct{}{},
+		live: map[string]*Session{}, all: map[*Session]struct{}{}, lost: time.Now(),
 	}
 }
 
@@ -259,6 +259,7 @@ func (s *Set) enter(session *Session) {
 	s.mu.Lock()
 	old := s.live[session.gateway.Name]
 	s.live[session.gateway.Name] = session
+	s.lost = time.Time{}
 	s.all[session] = struct{}{}
 	s.mu.Unlock()
 	s.cfg.Changed()
@@ -271,9 +272,13 @@ func (s *Set) leave(session *Session) {
 	s.mu.Lock()
 	if s.live[session.gateway.Name] == session {
 		delete(s.live, session.gateway.Name)
+		if len(s.live) == 0 {
+			s.lost = time.Now()
+		}
 	}
 	delete(s.all, session)
 	s.mu.Unlock()
+	s.cfg.Notice(Notice{Session: session, Reason: "session ended"})
 	s.cfg.Changed()
 }
 
@@ -296,10 +301,17 @@ func (s *Set) Sessions() []*Session {
 	return good
 }
 
-// Known says whether any gateway has told about its peers.
+// Grace is how long the absence of every session is taken for a restart of gateways and changes nothing.
+const Grace = 3 * time.Second
+
+// Known says whether what Tunnels leaves out is unreachable: some gateway has told about its peers, or there was no session to
+// any for longer than Grace.
 func (s *Set) Known() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if !s.lost.IsZero() {
+		return time.Since(s.lost) > Grace
+	}
 	for _, session := range s.live {
 		if session.peers.Load() != nil {
 			return true

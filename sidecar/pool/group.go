@@ -32,6 +32,7 @@ type Endpoint struct {
 	Key      string
 	Weight   int // routable instances behind it; 0: none
 	Draining bool
+	Near     bool // in the caller's zone: preferred while every near endpoint is fit
 }
 
 // Want says where a dial should lead.
@@ -190,12 +191,14 @@ func (g *Group) SetHealthy(n int) {
 
 // Lease is one use of a way. Done must be called once.
 type Lease struct {
-	Key   string
-	Conn  Conn // nil for a Choose
-	g     *Group
-	c     *pooled
-	start time.Time
-	once  sync.Once
+	Key  string
+	Conn Conn // nil for a Choose
+	// Latency, set before Done, is what the books take; zero: the time since the lease began.
+	Latency time.Duration
+	g       *Group
+	c       *pooled
+	start   time.Time
+	once    sync.Once
 }
 
 // Done ends the lease. err may carry why.
@@ -348,15 +351,24 @@ func (g *Group) Avoid(n int) []string {
 }
 
 func (g *Group) chooseLocked(now time.Time, avoid func(string) bool, force bool) (Endpoint, bool) {
-	var good, spare []Endpoint
+	var good, near, spare []Endpoint
+	nearFit := true
 	for _, e := range g.endpoints {
 		switch {
 		case avoid != nil && avoid(e.Key):
+			nearFit = nearFit && !e.Near
 		case e.Draining, e.Weight == 0, g.bookLocked(e.Key).isEjected(now):
+			nearFit = nearFit && !e.Near
 			spare = append(spare, e)
 		default:
 			good = append(good, e)
+			if e.Near {
+				near = append(near, e)
+			}
 		}
+	}
+	if nearFit && len(near) > 0 {
+		good = near
 	}
 	if len(good) == 0 && force {
 		good = spare
@@ -419,7 +431,10 @@ func (g *Group) done(l *Lease, o Outcome, err error) {
 	wasEjected := b.ejected
 	switch o {
 	case OK:
-		b.observe(now, now.Sub(l.start))
+		if l.Latency == 0 {
+			l.Latency = now.Sub(l.start)
+		}
+		b.observe(now, l.Latency)
 		b.streak, b.fails = 0, 0
 	case ServerError, Reset:
 		b.streak++
@@ -639,6 +654,18 @@ func (g *Group) Len() (conns, keys int) {
 		conns += len(c)
 	}
 	return conns, len(g.conns)
+}
+
+// Busy says whether work is in flight.
+func (g *Group) Busy() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, b := range g.books {
+		if b.inFlight > 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // Close ends everything and waits.
