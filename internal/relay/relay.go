@@ -164,4 +164,6 @@ func readEnd(err error) error {
 }
 
 // IsClosed reports whether err is that of a stream which this process closed or reset itself.
-func IsClosed(err error) bool { return errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrClosedPipe) }
+func IsClosed(err error) bool {
+	return errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrClosedPipe)
+}

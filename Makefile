@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# Two commands are enough to begin: make demo, make test.
+
+GO      ?= go
+BIN     := bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo v0.1.0-dev)
+LDFLAGS := -s -w -X github.com/strait-mesh/strait/internal/version.version=$(VERSION) \
+	-X k8s.io/component-base/version.gitVersion=v1.37.2 -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=37
+FUZZTIME ?= 10s
+PKGS    := $(shell $(GO) list ./... 2>/dev/null | grep -v /zz_)
+# The embedded API server costs minutes to compile with -race: these two packages are tested without.
+HEAVY   := github.com/strait-mesh/strait/controlplane/configapi% github.com/strait-mesh/strait/controlplane/schema% github.com/strait-mesh/strait/cmd/strait github.com/strait-mesh/strait/e2e%
+
+.PHONY: all build demo test e2e soak bench fuzz check generate clean
+all: build
+
+build:
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/strait ./cmd/strait-proxy
+
+demo: build
+	./$(BIN)/strait demo up
+
+test: build
+	$(GO) test -race $(filter-out $(HEAVY),$(PKGS))
+	$(GO) test $(filter $(HEAVY),$(PKGS))
+
+e2e: build
+	sh e2e/setup.sh
+	STRAIT_E2E=1 $(GO) test -count=1 -timeout 25m ./e2e/...
+
+soak: build
+	sh e2e/setup.sh
+	STRAIT_E2E=1 STRAIT_SOAK=1 $(GO) test -count=1 -timeout 90m ./e2e/...
+
+bench: build
+	$(GO) run ./e2e/bench
+
+fuzz:
+	sh .ci/fuzz.sh $(FUZZTIME)
+
+check:
+	sh .ci/check.sh
+
+generate:
+	$(GO) generate ./internal/problem ./controlplane/controlpb
+	$(GO) run ./cmd/strait reference docs/reference
+
+clean:
+	rm -rf $(BIN)

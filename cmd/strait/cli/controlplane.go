@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cli
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/strait-mesh/strait/controlplane"
+	"github.com/strait-mesh/strait/internal/problem"
+)
+
+// controlPlaneSettings is the section "controlplane" of strait.yaml.
+type controlPlaneSettings struct {
+	DataDir        string        `name:"data-dir" help:"data directory that strait init made"`
+	Listen         string        `name:"listen" default:":7400" help:"gRPC over mTLS: discovery, identity, operators"`
+	APIListen      string        `name:"api-listen" default:"127.0.0.1:7401" help:"configuration API"`
+	MetricsListen  string        `name:"metrics-listen" default:":7402" help:"metrics and health"`
+	Advertise      []string      `name:"advertise" help:"addresses of --listen that tokens name (default: the bound address)"`
+	CatalogTTL     time.Duration `name:"catalog-ttl" default:"60s" help:"freshness of catalog heads; they are signed again every third of it"`
+	SVIDTTL        time.Duration `name:"svid-ttl" default:"36h" help:"validity of the identities issued"`
+	JoinExpiry     time.Duration `name:"join-expiry" default:"24h" help:"how long an interrupted join may be resumed"`
+	OfflinePeerTTL time.Duration `name:"report-interval" default:"1s" help:"health report interval told to sidecars"`
+	LogLevel       string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
+}
+
+func controlPlaneRun(ctx context.Context, e *env, args []string) error {
+	var s controlPlaneSettings
+	s.DataDir = e.defaultDataDir()
+	if c, err := e.current(); err == nil && c.DataDir != "" {
+		s.DataDir = c.DataDir
+	}
+	done, err := e.resolveRole("controlplane", &s, args)
+	if done || err != nil {
+		return err
+	}
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(s.LogLevel)); err != nil {
+		return problem.New(problem.ConfigInvalid, "log-level: %v", err)
+	}
+	log := slog.New(slog.NewTextHandler(e.err, &slog.HandlerOptions{Level: level}))
+	forward, stop, err := otlpForward(ctx, e.getenv, log)
+	if err != nil {
+		return problem.New(problem.ConfigInvalid, "OTLP exporter: %v", err).WithFix("correct the OTEL_* variables")
+	}
+	defer stop()
+	cp, err := controlplane.New(controlplane.Config{
+		DataDir: s.DataDir, Listen: s.Listen, APIListen: s.APIListen, MetricsListen: s.MetricsListen, Advertise: s.Advertise,
+		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, Forward: forward, Logger: log,
+	})
+	if err != nil {
+		return err
+	}
+	return cp.Run(ctx)
+}
