@@ -8,6 +8,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/quic-go/quic-go"
@@ -93,9 +94,10 @@ const resetCode = 1
 // quicStream maps half-close to FIN and reset to RESET_STREAM with STOP_SENDING.
 type quicStream struct {
 	*quic.Stream
-	one  [1]byte
-	gone sync.Once
-	end  func()
+	one    [1]byte
+	closed atomic.Bool // after Close a Reset would take back what was written
+	gone   sync.Once
+	end    func()
 }
 
 func (s *quicStream) onEnd(f func()) { s.end = f }
@@ -114,12 +116,15 @@ func (s *quicStream) CloseWrite() error { return s.Stream.Close() }
 // Reset implements Stream.
 func (s *quicStream) Reset() {
 	s.CancelRead(resetCode)
-	s.CancelWrite(resetCode)
+	if !s.closed.Load() {
+		s.CancelWrite(resetCode)
+	}
 	s.ended()
 }
 
 // Close implements Stream: what was written is still delivered, what was not read is given up.
 func (s *quicStream) Close() error {
+	s.closed.Store(true)
 	s.CancelRead(resetCode)
 	_ = s.Stream.Close()
 	s.ended()

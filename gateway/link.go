@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package gateway
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/gateway/tunnel"
+	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust/spiffeid"
+)
+
+const (
+	reportEvery    = 5 * time.Second
+	linkBackoffMin = 100 * time.Millisecond
+	linkBackoffMax = 5 * time.Second
+	linkQueue      = 256
+)
+
+var errNoControlPlane = errors.New("no link to the control plane")
+
+// link is the gateway's stream to its control plane: tunnels and catalogs up, offers down, queries and join conversations
+// both ways. Without it the gateway goes on with what it has.
+type link struct {
+	g       *Gateway
+	changed chan struct{} // tunnels changed
+	queries waiting
+	joins   conversations
+
+	mu  sync.Mutex
+	cur *linkStream
+}
+
+// linkStream is one life of the link.
+type linkStream struct {
+	ctx  context.Context
+	out  chan *controlpb.GatewayMessage
+	wake chan struct{} // imports changed, or a mark came
+
+	mu    sync.Mutex
+	marks map[spiffeid.TrustDomain]mark // what the control plane holds of each origin
+}
+
+type mark struct{ epoch, seq uint64 }
+
+func newLink(g *Gateway) *link { return &link{g: g, changed: make(chan struct{}, 1)} }
+
+// run keeps the stream open until ctx ends.
+func (l *link) run(ctx context.Context) error {
+	backoff := linkBackoffMin
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer l.joins.closeAll()
+	for ctx.Err() == nil {
+		began := time.Now()
+		err := l.stream(ctx, &wg)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if time.Since(began) > linkBackoffMax {
+			backoff = linkBackoffMin
+		}
+		l.g.log.Debug("link to the control plane ended", "error", errString(err))
+		select {
+		case <-ctx.Done():
+		case <-time.After(backoff/2 + rand.N(backoff)):
+		}
+		backoff = min(2*backoff, linkBackoffMax)
+	}
+	return nil
+}
+
+func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
+	conn := l.g.cfg.Client.Conn()
+	if conn == nil {
+		<-ctx.Done()
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := controlpb.NewGatewaysClient(conn).Link(ctx)
+	if err != nil {
+		return err
+	}
+	g := l.g
+	addrs := g.addrs()
+	local := g.cfg.LocalAddress
+	if local == "" {
+		local = addrs.Local
+	}
+	err = stream.Send(&controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Hello{Hello: &controlpb.GatewayHello{
+		Name: g.cfg.Name, LocalAddress: local, Advertise: g.cfg.Advertise, Zone: g.cfg.Client.Info().Locality.Zone,
+		Version: g.cfg.Version}}})
+	if err != nil {
+		return err
+	}
+	s := &linkStream{ctx: ctx, out: make(chan *controlpb.GatewayMessage, linkQueue), wake: make(chan struct{}, 1),
+		marks: make(map[spiffeid.TrustDomain]mark)}
+	l.mu.Lock()
+	l.cur = s
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		l.cur = nil
+		l.mu.Unlock()
+		cancel()
+		l.joins.closeAll() // the conversations' other half is gone
+	}()
+	l.tunnelsChanged()
+	var parts sync.WaitGroup
+	defer parts.Wait()
+	defer cancel()
+	parts.Go(func() { l.sendAll(s, stream, cancel) })
+	parts.Go(func() { l.report(s) })
+	parts.Go(func() { l.pushImports(s) })
+	for {
+		m, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		l.handle(s, m, wg)
+	}
+}
+
+func (l *link) sendAll(s *linkStream, stream grpc.BidiStreamingClient[controlpb.GatewayMessage, controlpb.ControlMessage], cancel func()) {
+	defer cancel()
+	for {
+		select {
+		case <-s.ctx.Done():
+			_ = stream.CloseSend()
+			return
+		case m := <-s.out:
+			if err := stream.Send(m); err != nil {
+				return
+			}
+		}
+	}
+}
+
+// send queues m on the stream that lives now; it waits while the queue is full.
+func (l *link) send(ctx context.Context, m *controlpb.GatewayMessage) error {
+	l.mu.Lock()
+	s := l.cur
+	l.mu.Unlock()
+	if s == nil {
+		return errNoControlPlane
+	}
+	return s.send(ctx, m)
+}
+
+func (s *linkStream) send(ctx context.Context, m *controlpb.GatewayMessage) error {
+	select {
+	case s.out <- m:
+		return nil
+	case <-s.ctx.Done():
+		return errNoControlPlane
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (l *link) tunnelsChanged() {
+	select {
+	case l.changed <- struct{}{}:
+	default:
+	}
+}
+
+// importsChanged wakes the pusher of peers' catalogs.
+func (l *link) importsChanged() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cur != nil {
+		l.cur.poke()
+	}
+}
+
+func (s *linkStream) poke() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+// report sends the tunnels on change, at most every 50 ms, and every 5 s.
+func (l *link) report(s *linkStream) {
+	t := time.NewTicker(reportEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-l.changed:
+		case <-t.C:
+		}
+		if s.send(s.ctx, &controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Tunnels{Tunnels: l.g.tunnelsReport()}}) != nil {
+			return
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// tunnelsReport lists the sessions, and for each peer without one why there is none.
+func (g *Gateway) tunnelsReport() *controlpb.TunnelsReport {
+	out := &controlpb.TunnelsReport{}
+	have := make(map[spiffeid.TrustDomain]bool)
+	for _, s := range g.tun.Sessions() {
+		have[s.Peer()] = true
+		address, dialled := s.Address()
+		udp, tcp := s.Probed()
+		out.Tunnels = append(out.Tunnels, &controlpb.Tunnel{
+			PeerTrustDomain: s.Peer().String(), PeerGateway: s.Gateway(), Transport: s.Transport(), State: s.State().String(),
+			RttSeconds: s.RTT().Seconds(), LossRatio: s.Loss(), Streams: uint32(s.Streams()), Address: address,
+			SinceMs: s.Since().UnixMilli(), Id: s.ID(), Dialled: dialled, UdpOk: udp, TcpOk: tcp,
+		})
+	}
+	for td, p := range g.view.Load().peers {
+		if have[td] {
+			continue
+		}
+		t := &controlpb.Tunnel{PeerTrustDomain: td.String(), State: "connecting", LastError: cut(g.tun.LastError(td), 512)}
+		for _, gw := range p.gateways {
+			t.PeerGateway = gw.Name
+			if len(gw.Addresses) > 0 {
+				t.Address = gw.Addresses[0]
+				break
+			}
+		}
+		if t.LastError != "" {
+			t.State = tunnel.StateDown.String()
+		}
+		out.Tunnels = append(out.Tunnels, t)
+	}
+	return out
+}
+
+// handle takes one message of the control plane. What may block runs on a goroutine that wg counts.
+func (l *link) handle(s *linkStream, m *controlpb.ControlMessage, wg *sync.WaitGroup) {
+	switch v := m.Message.(type) {
+	case *controlpb.ControlMessage_Offer:
+		l.g.takeOffer(v.Offer)
+	case *controlpb.ControlMessage_Mark:
+		l.takeMark(s, v.Mark)
+	case *controlpb.ControlMessage_Query:
+		wg.Go(func() { l.ask(s, v.Query) })
+	case *controlpb.ControlMessage_Answer:
+		l.queries.answer(v.Answer)
+	case *controlpb.ControlMessage_JoinDial:
+		wg.Go(func() { l.dialJoin(s, v.JoinDial) })
+	case *controlpb.ControlMessage_Join:
+		l.joins.deliver(v.Join)
+	case *controlpb.ControlMessage_Notice:
+		l.g.log.Info("notice from the control plane", "notice", v.Notice)
+	}
+}
+
+func (l *link) takeMark(s *linkStream, m *controlpb.CatalogMark) {
+	td, err := spiffeid.ParseTrustDomain(m.OriginTrustDomain)
+	if err != nil {
+		return
+	}
+	if m.Resync {
+		l.g.imports.Drop(td)
+		l.g.resync(td)
+	}
+	s.mu.Lock()
+	s.marks[td] = mark{m.Epoch, m.Seq}
+	s.mu.Unlock()
+	s.poke()
+}
+
+// pushImports sends up what peers' catalogs have beyond the control plane's marks.
+func (l *link) pushImports(s *linkStream) {
+	sent := make(map[spiffeid.TrustDomain][32]byte) // hash of the head last sent
+	for {
+		for _, td := range l.g.imports.Keys() {
+			s.mu.Lock()
+			m := s.marks[td]
+			s.mu.Unlock()
+			u := l.g.imports.Update(td, m.epoch, m.seq)
+			if u == nil {
+				continue
+			}
+			sum := headSum(u)
+			if sent[td] == sum {
+				continue
+			}
+			err := s.send(s.ctx, &controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Catalog{Catalog: &controlpb.PeerCatalog{
+				OriginTrustDomain: td.String(), Update: u}}})
+			if err != nil {
+				return
+			}
+			sent[td] = sum
+			epoch, seq := l.g.imports.Mark(td)
+			s.mu.Lock()
+			if s.marks[td] == m {
+				s.marks[td] = mark{epoch, seq}
+			} else {
+				delete(sent, td) // a mark came meanwhile: look again
+			}
+			s.mu.Unlock()
+		}
+		select {
+		case <-s.ctx.Done():
+			return
+		case <-s.wake:
+		}
+	}
+}
+
+// ask passes a question of our control plane to a gateway of the peer, and the answer back.
+func (l *link) ask(s *linkStream, q *controlpb.Query) {
+	a := l.g.query(s.ctx, q)
+	a.Id = q.Id
+	_ = s.send(s.ctx, &controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Answer{Answer: a}})
+}
+
+func errString(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func cut(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}
+
+func answerError(code problem.Code, what string) *controlpb.Answer {
+	return &controlpb.Answer{ErrorCode: string(code), ErrorMessage: cut(what, 512)}
+}
