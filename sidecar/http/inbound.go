@@ -416,8 +416,7 @@ func (call *inCall) finish() {
 	s.Set(span.String(span.HopKind, span.SidecarIn), span.Int(span.HopIndex, s.Context().Hop), span.String(span.MTLSPeerID, call.peer.String()),
 		span.String(span.SrcCluster, cluster), span.String(span.SrcService, service), span.String(span.DstService, cfg.Service.String()),
 		span.String(span.DstCluster, string(cfg.Self.Cluster)), span.String(span.DstRegion, cfg.Self.Region), span.String(span.DstZone, cfg.Self.Zone),
-		span.String(span.Instance, call.instance), span.String(span.ServiceInstance, cfg.Self.Workload),
-		span.String(span.ServiceNamespace, cfg.Self.Namespace))
+		span.String(span.Instance, call.instance))
 	x.finishSpan()
 	q := metric.Request{
 		Reporter: metric.Destination, SrcService: service, SrcCluster: cluster, DstService: cfg.Service.String(), DstCluster: string(cfg.Self.Cluster),

@@ -40,9 +40,6 @@ type Local struct {
 	Cluster federation.ClusterName
 	Region  string
 	Zone    string
-	// Workload and Namespace name this proxy among those of the service.
-	Workload  string
-	Namespace string
 }
 
 // Outbound carries an application's requests to the mesh.
@@ -242,7 +239,6 @@ func (call *outCall) finish() {
 	s := x.span
 	s.Set(span.String(span.HopKind, span.SidecarOut), span.Int(span.HopIndex, s.Context().Hop), span.String(span.SrcCluster, string(cfg.Self.Cluster)),
 		span.String(span.SrcRegion, cfg.Self.Region), span.String(span.SrcZone, cfg.Self.Zone), span.String(span.SrcService, cfg.Self.Service),
-		span.String(span.ServiceInstance, cfg.Self.Workload), span.String(span.ServiceNamespace, cfg.Self.Namespace),
 		span.String(span.ServerAddress, call.r.Host), span.Int(span.HTTPResendCount, max(call.tries-1, 0)))
 	x.finishSpan()
 	q := metric.Request{
