@@ -345,7 +345,8 @@ func target(sp *api.ServicePort, name string, w *api.Workload) (int32, bool) {
 		n, ok := w.Spec.Ports[t]
 		return n, ok
 	}
-	if sp.TargetPort.IntVal != 0 {
+	// the API fills an absent targetPort with the port: what the workload itself says of a port of that name goes before it
+	if sp.TargetPort.IntVal != 0 && sp.TargetPort.IntVal != sp.Port {
 		return sp.TargetPort.IntVal, true
 	}
 	if n, ok := w.Spec.Ports[name]; ok {
