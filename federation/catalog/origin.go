@@ -99,8 +99,19 @@ func (o *Origin) Run(ctx context.Context) error {
 	defer resign.Stop()
 	retry := time.NewTimer(0)
 	defer retry.Stop()
+	<-retry.C
 	all := true
+	said := ""
 	for {
+		if err := o.sign(ctx, all); err != nil && ctx.Err() == nil {
+			if err.Error() != said { // once for each cause: a replica without the term waits for long
+				o.cfg.Logger.Warn("catalog heads not signed", "error", err)
+			}
+			said = err.Error()
+			retry.Reset(min(time.Second, o.cfg.TTL/3))
+		} else {
+			all, said = false, ""
+		}
 		select {
 		case <-ctx.Done():
 			return nil
@@ -114,12 +125,6 @@ func (o *Origin) Run(ctx context.Context) error {
 			case <-time.After(o.cfg.Debounce):
 			}
 		}
-		if err := o.sign(ctx, all); err != nil && ctx.Err() == nil {
-			o.cfg.Logger.Warn("catalog heads not signed", "error", err)
-			retry.Reset(min(time.Second, o.cfg.TTL/3))
-			continue
-		}
-		all = false
 	}
 }
 
@@ -150,7 +155,7 @@ func (o *Origin) sign(ctx context.Context, all bool) error {
 
 func (o *Origin) dueLocked(c spiffeid.TrustDomain) bool {
 	of := o.offers[c]
-	return of != nil && (of.dirty || of.held == nil || of.held.head.Epoch < o.atLeast)
+	return of != nil && (of.dirty || of.held == nil || of.held.head.Epoch < max(o.epoch, o.atLeast))
 }
 
 // signOne signs what consumer is offered now, under epoch. A new epoch starts its sequences at one.

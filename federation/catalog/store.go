@@ -3,7 +3,9 @@
 package catalog
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -123,16 +125,14 @@ func OpenStore(dir *datadir.Dir, cfg StoreConfig) (*Store, error) {
 		return nil, fmt.Errorf("open catalog store: %w", err)
 	}
 	for _, name := range names {
-		base, ok := strings.CutSuffix(name, catalogSuffix)
-		td, err := spiffeid.ParseTrustDomain(base)
-		if !ok || err != nil {
+		if !strings.HasSuffix(name, catalogSuffix) {
 			continue
 		}
-		if err := s.load(td); err != nil {
+		if err := s.load(name); err != nil {
 			if errors.Is(err, fs.ErrPermission) {
 				return nil, fmt.Errorf("open catalog store: %w", err)
 			}
-			cfg.Logger.Error("stored catalog is damaged", "trust_domain", td.String(), "error", err)
+			cfg.Logger.Error("stored catalog is damaged", "file", name, "error", err)
 		}
 	}
 	return s, nil
@@ -143,12 +143,19 @@ const (
 	conflictSuffix = ".conflict"
 )
 
-func (s *Store) load(td spiffeid.TrustDomain) error {
-	im := s.origin(td)
-	if b, err := s.dir.ReadState(td.String() + conflictSuffix); err == nil {
-		im.conflict = unmarshalConflict(b)
+// file names a file about td. Names that would be too long for a file system, or that the data directory could take for its own
+// temporary or damaged files, are hashed.
+func file(td spiffeid.TrustDomain, suffix string) string {
+	name := td.String()
+	if len(name) > 200 || name[0] == '.' || strings.Contains(name, "tmp") || strings.Contains(name, "corrupt") {
+		sum := sha256.Sum256([]byte(name))
+		name = hex.EncodeToString(sum[:])
 	}
-	b, err := s.dir.ReadState(td.String() + catalogSuffix)
+	return name + suffix
+}
+
+func (s *Store) load(name string) error {
+	b, err := s.dir.ReadState(name)
 	if err != nil {
 		return err
 	}
@@ -160,7 +167,15 @@ func (s *Store) load(td spiffeid.TrustDomain) error {
 	if err != nil {
 		return err
 	}
+	td := head.TrustDomain
+	if name != file(td, catalogSuffix) {
+		return fmt.Errorf("it is the catalog of %s", td)
+	}
+	im := s.origin(td)
 	im.mark = mark{head.Epoch, head.Seq, head.Hash}
+	if b, err := s.dir.ReadState(file(td, conflictSuffix)); err == nil {
+		im.conflict = unmarshalConflict(b)
+	}
 	h, _, err := (*held)(nil).merge(u, head, limits{s.cfg.MaxEntries, s.cfg.MaxBytes})
 	if err != nil {
 		return err // the mark stands all the same
@@ -242,7 +257,7 @@ func (s *Store) applyLocked(im *imported, td spiffeid.TrustDomain, u *controlpb.
 	if err != nil {
 		return Result{}, err
 	}
-	if err := s.dir.WriteState(td.String()+catalogSuffix, marshalStored(now, next)); err != nil {
+	if err := s.dir.WriteState(file(td, catalogSuffix), marshalStored(now, next)); err != nil {
 		return Result{}, fmt.Errorf("store catalog of %s: %w", td, err)
 	}
 	im.mark = mark{head.Epoch, head.Seq, head.Hash}
@@ -304,7 +319,7 @@ func (s *Store) keepEvidenceLocked(im *imported, td spiffeid.TrustDomain, second
 		return
 	}
 	im.conflict = &Conflict{First: im.held.signed, Second: second, SeenAt: now.UTC().Truncate(time.Millisecond)}
-	if err := s.dir.WriteState(td.String()+conflictSuffix, marshalConflict(im.conflict)); err != nil {
+	if err := s.dir.WriteState(file(td, conflictSuffix), marshalConflict(im.conflict)); err != nil {
 		s.cfg.Logger.Error("evidence of a catalog fork not written", "trust_domain", td.String(), "error", err)
 	}
 }
@@ -408,7 +423,7 @@ func (s *Store) Forget(origin spiffeid.TrustDomain) error {
 	im.mu.Lock()
 	defer im.mu.Unlock()
 	for _, suffix := range []string{catalogSuffix, conflictSuffix} {
-		if err := s.dir.Remove(origin.String() + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := s.dir.Remove(file(origin, suffix)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("forget catalog of %s: %w", origin, err)
 		}
 	}
