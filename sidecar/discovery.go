@@ -10,6 +10,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/proxyclient"
+	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/sidecar/access"
 	"github.com/strait-mesh/strait/sidecar/health"
@@ -44,6 +45,11 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 			return err
 		}
 		m, _ := c.Message.(*controlpb.Service)
+		if m != nil {
+			if err := checkService(name, m); err != nil {
+				return err
+			}
+		}
 		s.services.told(name, m)
 	case controlpb.TypeGateway:
 		m, _ := c.Message.(*controlpb.Gateway)
@@ -61,6 +67,16 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 		s.denied.Store(&next)
 	}
 	return nil
+}
+
+// checkService refuses what could not be decided on.
+func checkService(name federation.ServiceName, m *controlpb.Service) error {
+	if m.GetNamespace() != name.Namespace || m.GetName() != name.Name {
+		return fmt.Errorf("service %s: the resource is of %s/%s", name, m.GetNamespace(), m.GetName())
+	}
+	// The cluster's own name is not needed to judge the rest: no peer may have the reserved one.
+	_, err := wire.InputsFromService(m, "", federation.OwnCluster, federation.Locality{})
+	return err
 }
 
 // applySelf takes what this sidecar is. Its absence means that it answers for nothing any more.

@@ -3,10 +3,11 @@
 package sidecar
 
 import (
+	"maps"
 	"slices"
-	"time"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/sidecar/local"
 	"github.com/strait-mesh/strait/sidecar/pool"
@@ -26,60 +27,38 @@ type place struct {
 
 // stepInputs puts together what Step looks at: the resource, the local sessions' word on tunnels, and the evidence of
 // this sidecar's own calls.
-func stepInputs(p place, svc *controlpb.Service, tunnels map[spiffeid.TrustDomain]local.Tunnel, known bool,
+func stepInputs(p *place, svc *controlpb.Service, tunnels map[spiffeid.TrustDomain]local.Tunnel, known bool,
 	evidence map[federation.ClusterName]pool.Evidence,
-) federation.Inputs {
-	in := federation.Inputs{
-		Service: federation.ServiceName{Namespace: svc.GetNamespace(), Name: svc.GetName()},
-		Caller:  p.proxy, Cluster: p.cluster, Locality: p.locality, Policy: policyOf(svc.GetPolicy()),
+) (federation.Inputs, error) {
+	in, err := wire.InputsFromService(svc, p.proxy, p.cluster, p.locality)
+	if err != nil {
+		return in, err
 	}
-	drained := svc.GetPolicy().GetLocallyDrained()
-	if len(svc.GetLocal()) > 0 {
-		m := federation.Member{
-			Cluster: p.cluster, Region: p.locality.Region, Local: true, Same: true,
-			Drained: svc.GetOwnLimits().GetDrained(), DrainReason: svc.GetOwnLimits().GetDrainReason(),
-			LocallyDrained: slices.Contains(drained, string(p.cluster)),
-			Observed:       observed(evidence[p.cluster]),
-		}
-		for _, e := range svc.GetLocal() {
-			if !e.GetDraining() {
-				m.Health = add(m.Health, e.GetHealth())
+	for i := range in.Members {
+		m := &in.Members[i]
+		m.Observed = observed(evidence[m.Cluster])
+		if !m.Local {
+			if r := findRemote(svc, m.Cluster); r != nil {
+				m.Tunnel = tunnelOf(r, m.Tunnel, tunnels, known)
 			}
 		}
-		in.Members = append(in.Members, m)
 	}
-	for _, r := range svc.GetRemote() {
-		cluster := federation.ClusterName(r.GetCluster())
-		m := federation.Member{
-			Cluster: cluster, Region: r.GetRegion(), Same: r.GetSame(),
-			Freshness: federation.Freshness(r.GetFreshness()), Tunnel: tunnelOf(r, tunnels, known),
-			Drained: r.GetLimits().GetDrained(), DrainReason: r.GetLimits().GetDrainReason(),
-			LocallyDrained: slices.Contains(drained, r.GetCluster()),
-			Observed:       observed(evidence[cluster]),
-		}
-		for _, h := range r.GetZones() {
-			m.Health = add(m.Health, h)
-		}
-		in.Members = append(in.Members, m)
-	}
-	return in
+	return in, nil
 }
 
-// tunnelOf: the local sessions are fresher than the control plane. Where none is open, nothing can cross.
-func tunnelOf(r *controlpb.RemoteCluster, tunnels map[spiffeid.TrustDomain]local.Tunnel, known bool) federation.Tunnel {
+// tunnelOf: the local sessions are fresher than the control plane. known says that what they do not name cannot be reached.
+func tunnelOf(r *controlpb.RemoteCluster, told federation.Tunnel, tunnels map[spiffeid.TrustDomain]local.Tunnel, known bool) federation.Tunnel {
 	td, err := spiffeid.ParseTrustDomain(r.GetTrustDomain())
 	if err != nil {
 		return federation.Tunnel{Known: true}
 	}
 	if t, ok := tunnels[td]; ok {
-		return federation.Tunnel{
-			Known: true, Up: t.Up, Suspect: t.Suspect, RTT: t.RTT, Loss: t.Loss, Transport: t.Transport,
-		}
+		return federation.Tunnel{Known: true, Up: t.Up, Suspect: t.Suspect, RTT: t.RTT, Loss: t.Loss, Transport: t.Transport}
 	}
-	return federation.Tunnel{
-		Known: known, Up: !known && r.GetTunnelUp(),
-		RTT: time.Duration(r.GetRttSeconds() * float64(time.Second)), Transport: r.GetTransport(),
+	if known {
+		return federation.Tunnel{Known: true, RTT: told.RTT, Transport: told.Transport}
 	}
+	return told
 }
 
 func observed(e pool.Evidence) federation.Observed {
@@ -93,42 +72,17 @@ func observed(e pool.Evidence) federation.Observed {
 	return o
 }
 
-func add(h federation.Health, c *controlpb.HealthCounts) federation.Health {
-	return federation.Health{
-		Healthy: h.Healthy + c.GetHealthy(), Unhealthy: h.Unhealthy + c.GetUnhealthy(), Unknown: h.Unknown + c.GetUnknown(),
-	}
-}
-
-func policyOf(p *controlpb.FailoverPolicy) federation.Policy {
-	out := federation.Policy{
-		Name: p.GetName(), Generation: p.GetGeneration(),
-		TripPercent: p.GetTripPercent(), SpillBelowPercent: p.GetSpillBelowPercent(), MinEndpoints: p.GetMinEndpoints(),
-		TunnelLossPercent: p.GetTunnelLossPercent(), ReturnPercent: p.GetReturnPercent(),
-		ReturnAfter: time.Duration(p.GetReturnAfterMs()) * time.Millisecond,
-		Ramp:        time.Duration(p.GetRampMs()) * time.Millisecond,
-		Passive: federation.PassiveHealth{
-			Consecutive5xx: p.GetPassive().GetConsecutive_5Xx(),
-			EjectFor:       time.Duration(p.GetPassive().GetEjectForMs()) * time.Millisecond,
-		},
-		Active: federation.ActiveHealth{
-			Disabled: p.GetActive().GetDisabled(), Every: time.Duration(p.GetActive().GetEveryMs()) * time.Millisecond,
-		},
-	}
-	for _, t := range p.GetTiers() {
-		tier := federation.Tier{Any: t.GetAny()}
-		for _, c := range t.GetClusters() {
-			tier.Clusters = append(tier.Clusters, federation.ClusterName(c))
-		}
-		for c, w := range t.GetWeights() {
-			if tier.Weights == nil {
-				tier.Weights = map[federation.ClusterName]uint32{}
+// ejections lists what is out at this caller, for reports.
+func ejections(evidence map[federation.ClusterName]pool.Evidence) []*controlpb.EjectionReport {
+	var list []*controlpb.EjectionReport
+	for _, cluster := range slices.Sorted(maps.Keys(evidence)) {
+		for _, e := range evidence[cluster].Ejections {
+			x := &controlpb.EjectionReport{Cluster: cluster.String(), Instance: e.Key, Reason: e.Reason.String()}
+			if !e.Until.IsZero() {
+				x.UntilMs = e.Until.UnixMilli()
 			}
-			tier.Weights[federation.ClusterName(c)] = w
+			list = append(list, x)
 		}
-		for _, c := range t.GetExcept() {
-			tier.Except = append(tier.Except, federation.ClusterName(c))
-		}
-		out.Tiers = append(out.Tiers, tier)
 	}
-	return out.WithDefaults()
+	return list
 }

@@ -39,7 +39,11 @@ func (s *Sidecar) runService(svc *service) {
 			st = s.seed(svc.name)
 		}
 		now := s.cfg.Now()
-		in := stepInputs(*p, res.svc, s.locals.Tunnels(), s.locals.Known(), svc.evidence())
+		in, err := stepInputs(p, res.svc, s.locals.Tunnels(), s.locals.Known(), svc.evidence())
+		if err != nil { // apply has refused such resources
+			s.log.Error("service not decided on", "service", svc.name, "error", err)
+			continue
+		}
 		next, d := federation.Step(now, st, in)
 		st = next
 		r := &route{resource: *res, inputs: in, state: st, decision: d, at: now}

@@ -4,7 +4,6 @@ package sidecar
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"math/rand/v2"
@@ -17,7 +16,6 @@ import (
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/sidecar/health"
-	"github.com/strait-mesh/strait/sidecar/pool"
 )
 
 // decisionEvery is the least time between two reports of one service's decision.
@@ -67,8 +65,7 @@ func (r *reporter) changed() {
 }
 
 // decided keeps the newest decision of a service for the next report.
-func (r *reporter) decided(d *controlpb.DecisionReport) {
-	name := federation.ServiceName{Namespace: d.GetService().GetNamespace(), Name: d.GetService().GetName()}
+func (r *reporter) decided(name federation.ServiceName, d *controlpb.DecisionReport) {
 	r.mu.Lock()
 	st := r.latest[name]
 	if st == nil {
@@ -269,48 +266,4 @@ func (s *Sidecar) localHealth() []*controlpb.ServiceHealth {
 		})
 	}
 	return list
-}
-
-// decisionReport puts a route into the words of the wire.
-func decisionReport(name federation.ServiceName, r *route, evidence map[federation.ClusterName]pool.Evidence) *controlpb.DecisionReport {
-	d := r.decision
-	out := &controlpb.DecisionReport{
-		Service: &controlpb.ServiceRef{Namespace: name.Namespace, Name: name.Name},
-		Policy:  r.inputs.Policy.Name, PolicyGeneration: r.inputs.Policy.Generation,
-		AtMs: r.at.UnixMilli(), SinceMs: d.Since.UnixMilli(), Reason: d.Reason.String(), ActiveTier: int32(d.ActiveTier),
-		StateDigest: r.state.Digest(), Returns: d.Returns,
-	}
-	// Both are plain values of ours; a failure to encode them would only leave the field empty.
-	out.StateJson, _ = json.Marshal(r.state)
-	out.InputsJson, _ = json.Marshal(r.inputs)
-	member := func(m federation.MemberDecision) *controlpb.MemberReport {
-		return &controlpb.MemberReport{
-			Cluster: m.Cluster.String(), Healthy: m.Healthy, Total: m.Total, Share: m.Share,
-			State: string(m.State), Reason: m.Reason.String(), Because: m.Because,
-		}
-	}
-	for i, t := range d.Tiers {
-		tier := &controlpb.TierReport{Tier: int32(i)}
-		for _, m := range t.Members {
-			tier.Members = append(tier.Members, member(m))
-		}
-		out.Tiers = append(out.Tiers, tier)
-	}
-	if len(d.Exclusions) > 0 {
-		tier := &controlpb.TierReport{Tier: -1} // members that no tier has room for
-		for _, m := range d.Exclusions {
-			tier.Members = append(tier.Members, member(m))
-		}
-		out.Tiers = append(out.Tiers, tier)
-	}
-	for _, cluster := range slices.Sorted(maps.Keys(evidence)) {
-		for _, e := range evidence[cluster].Ejections {
-			x := &controlpb.EjectionReport{Cluster: cluster.String(), Instance: e.Key, Reason: e.Reason.String()}
-			if !e.Until.IsZero() {
-				x.UntilMs = e.Until.UnixMilli()
-			}
-			out.Ejections = append(out.Ejections, x)
-		}
-	}
-	return out
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/drain"
 	"github.com/strait-mesh/strait/internal/relay"
@@ -381,7 +382,12 @@ func (s *Sidecar) instanceEjected(k health.Key) {
 // decided reports a decision that is not the one before.
 func (s *Sidecar) decided(svc *service, old, r *route) {
 	s.metrics.decided(svc.name, r.inputs.Cluster, old, r)
-	s.report.decided(decisionReport(svc.name, r, svc.evidence()))
+	report, err := wire.DecisionToProto(r.at, r.inputs, r.state, r.decision, ejections(svc.evidence()))
+	if err != nil {
+		s.log.Error("decision not reported", "service", svc.name, "error", err)
+	} else {
+		s.report.decided(svc.name, report)
+	}
 	if old != nil && old.svc != nil && active(old.decision) != active(r.decision) {
 		s.log.Info("traffic moves", "service", svc.name, "from", active(old.decision), "to", active(r.decision), "reason", r.decision.Reason)
 	}

@@ -284,9 +284,9 @@ func (s *Set) takePeers(session *Session, p *controlpb.PeersStatus) bool {
 }
 
 func (s *Set) takeDrain(session *Session, d *controlpb.DrainNotice) {
-	n := Notice{
-		Session: session, Connections: d.GetConnections(), Reason: "drain",
-		Deadline: time.Duration(d.GetDeadlineMs()) * time.Millisecond,
+	n := Notice{Session: session, Connections: d.GetConnections(), Reason: "drain"}
+	if ms := d.GetDeadlineMs(); ms > 0 {
+		n.Deadline = time.UnixMilli(ms)
 	}
 	if d.GetTrustDomain() == "" {
 		session.draining.Store(true)

@@ -39,7 +39,7 @@ type Notice struct {
 	// Withdrawn says that the connections must end now; otherwise they are retired: no new work, the rest may finish.
 	Withdrawn bool
 	Reason    string
-	Deadline  time.Duration
+	Deadline  time.Time // when the gateway cuts what is left; zero: not said
 }
 
 // Tunnel is what gateways say about the way to one peer.
