@@ -15,7 +15,7 @@ import (
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
-const denyFile = "store/denied"
+const denyFile = "ca/denied"
 
 // Denial is one withdrawn identity.
 type Denial struct {

@@ -126,4 +126,3 @@ func (c *Client) registrationKey(tokenID string) (*ecdsa.PrivateKey, error) {
 	}
 	return key, c.cfg.DataDir.WriteFile(registeringFile, data)
 }
-
