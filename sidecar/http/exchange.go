@@ -210,6 +210,9 @@ func (x *exchange) deliver(resp *nethttp.Response, spare ...string) error {
 	names := announced(resp.Trailer)
 	for name := range names {
 		h.Add("Trailer", name)
+		if x.r.ProtoMajor == 1 {
+			delete(h, "Content-Length") // HTTP/1.1 has trailers only after chunks
+		}
 	}
 	x.status, x.grpcStatus = resp.StatusCode, grpcStatusOf(resp.Header, x.grpc)
 	x.w.WriteHeader(resp.StatusCode)
