@@ -142,9 +142,10 @@ func TestPeerGatewayReachesOnlyItsGrants(t *testing.T) {
 	payments := west.callee("payments")
 	west.serves("payments", payments.endpoint(1))
 
+	sessions := map[*cluster]*tunnel.Session{east: east.redTeam(west), other: other.redTeam(west)}
 	open := func(from *cluster, h tunnel.Header, sni string) preface.Status {
 		t.Helper()
-		s := from.redTeam(west)
+		s := sessions[from]
 		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		out, err := s.Open(ctx, h, helloFor(sni))
@@ -201,7 +202,7 @@ func TestPeerGatewayReachesOnlyItsGrants(t *testing.T) {
 		})
 	}
 	t.Run("revoked peer", func(t *testing.T) {
-		s := other.redTeam(west)
+		s := sessions[other]
 		west.client.set(controlpb.TypePeer, other.td.String(), nil)
 		select {
 		case <-s.Done():

@@ -99,7 +99,7 @@ func (d *dialer) run(ctx context.Context) {
 			d.tend(ctx, s, changed)
 			continue
 		}
-		if !mine && d.e.self().String() > d.key.td.String() {
+		if !mine && d.e.cfg.Dialable && d.e.self().String() > d.key.td.String() {
 			d.sleep(ctx, jitter(deferDial), changed)
 			if d.session() != nil || ctx.Err() != nil {
 				continue

@@ -33,6 +33,7 @@ type Config struct {
 	Now        func() time.Time // wall clock, for certificates; nil = time.Now
 	Features   uint64
 	DisableUDP bool // neither listens nor dials QUIC
+	Dialable   bool // peers know an address of this gateway; else it never waits to be dialled
 
 	// Stream handles one interactive stream whose header was read. The stream is reset when it returns, unless it was
 	// closed before.
