@@ -55,4 +55,5 @@ const (
 	DemoNotRunning       Code = "STR-7102" // no demo is running
 	TraceNotFound        Code = "STR-8101" // no such trace
 	Internal             Code = "STR-9001" // internal error
+	FailoverActive       Code = "STR-4104" // a service is failing over
 )

@@ -55,7 +55,37 @@ for 15 minutes unless --ttl says otherwise. The token is a secret: it is written
 			fmt.Fprintf(e.out, "token %s revoked\n", args[0])
 			return nil
 		}}
-	c.AddCommand(issue, list, revoke)
+	c.AddCommand(issue, list, revoke, newGatewayTokenCmd(e))
+	return c
+}
+
+func newGatewayTokenCmd(e *env) *cobra.Command {
+	var out string
+	var ttl time.Duration
+	c := &cobra.Command{Use: "gateway NAME", Short: "Issue a registration token for a further gateway of this cluster", Args: cobra.ExactArgs(1),
+		Example: "  strait token gateway gateway-2 --out gateway-2.token\n  strait token gateway gateway-2 --ttl 1h --out gateway-2.token",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if out == "" {
+				return problem.New(problem.Usage, "--out is missing").WithFix("strait token gateway %s --out FILE", args[0])
+			}
+			op, done, err := e.operator()
+			if err != nil {
+				return err
+			}
+			defer done()
+			r, err := op.GatewayToken(cmd.Context(), &controlpb.GatewayTokenRequest{Name: args[0], TtlSeconds: int64(ttl / time.Second)})
+			if err != nil {
+				return e.callError(err)
+			}
+			if err := writeSecret(out, []byte(strings.TrimRight(r.Token, "\n")+"\n")); err != nil {
+				return err
+			}
+			fmt.Fprintln(e.out, out)
+			e.progress("start it: strait gateway --data-dir DIR --token-file %s", out)
+			return nil
+		}}
+	c.Flags().StringVar(&out, "out", "", "file for the token")
+	c.Flags().DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token can be redeemed")
 	return c
 }
 

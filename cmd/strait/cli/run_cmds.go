@@ -3,7 +3,6 @@
 package cli
 
 import (
-	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -61,5 +60,3 @@ func (e *env) resolveRole(role string, cfg any, args []string) (done bool, err e
 func metaCommands(e *env) []*cobra.Command {
 	return []*cobra.Command{newVersionCmd(e), newContextCmd(e), newReferenceCmd(e)}
 }
-
-var _ = context.Background
