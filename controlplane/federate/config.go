@@ -104,6 +104,8 @@ func setDefault(d *time.Duration, v time.Duration) {
 type PeerObjects interface {
 	Upsert(ctx context.Context, p Peer) error
 	Delete(ctx context.Context, cluster federation.ClusterName) error
+	// List names the objects that exist; those that are no peer's any more are deleted at the start.
+	List(ctx context.Context) ([]federation.ClusterName, error)
 }
 
 // EpochStore holds the catalog epoch, the only number that must never go back while peers remember it.

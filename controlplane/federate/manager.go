@@ -3,92 +3,440 @@
 package federate
 
 import (
+	"bytes"
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/federation/catalog"
+	"github.com/strait-mesh/strait/federation/join"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
-var errNotYet = errors.New("federate: not yet")
+const (
+	joinKeyFile  = "identity/join.key"
+	gatewaysFile = "peers/own-gateways"
+	catalogsDir  = "catalogs"
+
+	tickEvery      = time.Second
+	maxAlarms      = 64
+	gatewayKept    = 24 * time.Hour   // how long a gateway without link stays listed
+	freshnessGrace = 15 * time.Second // after a start, and after a link's end: tunnels are not believed down yet
+)
 
 // Manager is the control plane's side of the federation.
 type Manager struct {
 	controlpb.UnimplementedGatewaysServer
+
+	cfg     Config
+	log     *slog.Logger
+	now     func() time.Time
+	joinKey ed25519.PrivateKey
+	tokens  *join.Tokens
+	origin  *catalog.Origin
+	store   *catalog.Store
+	epoch   *epochTerm
+	started time.Time
+
+	ctx    context.Context // ends when Run does; parent of everything that links start
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // goroutines that are not a link's
+
+	view     atomic.Pointer[View]
+	handlers sync.Map   // method → Handler
+	joining  sync.Mutex // one Join at a time
+
+	mu       sync.Mutex
+	stopped  bool
+	changed  chan struct{}
+	revision uint64
+	peers    map[spiffeid.TrustDomain]*peer
+	gateways map[string]*gateway
+	links    map[string]*link
+	offers   map[spiffeid.TrustDomain]map[string][]byte
+	offered  map[spiffeid.TrustDomain]string // fingerprint of what the origin was given
+	alarms   []Alarm
+}
+
+// gateway is an own gateway, linked or remembered.
+type gateway struct {
+	hello     *controlpb.GatewayHello
+	tunnels   []*controlpb.Tunnel
+	connected bool
+	lastSeen  time.Time
+}
+
+// storedGateway is one line of the state file of own gateways.
+type storedGateway struct {
+	Name      string    `json:"name"`
+	Local     string    `json:"local"`
+	Advertise []string  `json:"advertise,omitempty"`
+	Zone      string    `json:"zone,omitempty"`
+	Version   string    `json:"version,omitempty"`
+	LastSeen  time.Time `json:"lastSeen"`
 }
 
 // New reads what the data directory holds. It starts nothing.
-func New(cfg Config) (*Manager, error) { return nil, errNotYet }
+func New(cfg Config) (*Manager, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	m := &Manager{
+		cfg: cfg, log: cfg.Logger, now: cfg.Now, started: cfg.Now(), changed: make(chan struct{}),
+		gateways: map[string]*gateway{}, links: map[string]*link{},
+		offers: map[spiffeid.TrustDomain]map[string][]byte{}, offered: map[spiffeid.TrustDomain]string{},
+	}
+	if m.joinKey, err = loadJoinKey(cfg); err != nil {
+		return nil, err
+	}
+	if m.tokens, err = join.OpenTokens(cfg.Dir, join.TokensConfig{Now: cfg.Now, Logger: cfg.Logger}); err != nil {
+		return nil, err
+	}
+	dir, err := cfg.Dir.Sub(catalogsDir)
+	if err != nil {
+		return nil, fmt.Errorf("catalogs: %w", err)
+	}
+	m.store, err = catalog.OpenStore(dir, catalog.StoreConfig{
+		Self: cfg.TrustDomain, AllowLoopback: cfg.AllowLoopback, Now: cfg.Now, Logger: cfg.Logger,
+	})
+	if err != nil {
+		return nil, err
+	}
+	epochs := cfg.Epochs
+	if epochs == nil {
+		epochs = NewFileEpochs(cfg.Dir)
+	}
+	m.epoch = &epochTerm{store: epochs, wait: m.waitHeads}
+	m.origin, err = catalog.NewOrigin(catalog.OriginConfig{
+		Self: cfg.TrustDomain, Signer: cfg.Signer, Epoch: m.epoch.get, TTL: cfg.CatalogTTL, Now: cfg.Now, Logger: cfg.Logger,
+		BundleSequence: func() uint64 {
+			if b := cfg.Bundle(); b != nil {
+				return b.Sequence()
+			}
+			return 0
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	m.peers, err = readRecords(cfg.Dir, func(name string, err error) {
+		m.log.Error("peer record is not readable; the peer has to join again", "file", name, "error", err)
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := m.readGateways(); err != nil {
+		m.log.Warn("own gateways are not remembered", "error", err)
+	}
+	m.ctx, m.cancel = context.WithCancel(context.Background())
+	m.builtins()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.changedLocked()
+	return m, nil
+}
 
-// Run does the background work until ctx ends.
-func (m *Manager) Run(ctx context.Context) error { return errNotYet }
+func loadJoinKey(cfg Config) (ed25519.PrivateKey, error) {
+	seed, err := cfg.Dir.ReadState(joinKeyFile)
+	switch {
+	case err == nil && len(seed) == ed25519.SeedSize:
+		return ed25519.NewKeyFromSeed(seed), nil
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return nil, fmt.Errorf("join key: %w", err)
+	}
+	seed = make([]byte, ed25519.SeedSize)
+	_, _ = rand.Read(seed)
+	if err := cfg.Dir.WriteState(joinKeyFile, seed); err != nil {
+		return nil, fmt.Errorf("join key: %w", err)
+	}
+	return ed25519.NewKeyFromSeed(seed), nil
+}
+
+func (m *Manager) readGateways() error {
+	data, err := m.cfg.Dir.ReadState(gatewaysFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var list []storedGateway
+	if err := json.Unmarshal(data, &list); err != nil {
+		return err
+	}
+	for _, g := range list {
+		m.gateways[g.Name] = &gateway{lastSeen: g.LastSeen, hello: &controlpb.GatewayHello{
+			Name: g.Name, LocalAddress: g.Local, Advertise: g.Advertise, Zone: g.Zone, Version: g.Version,
+		}}
+	}
+	return nil
+}
+
+func (m *Manager) writeGatewaysLocked() {
+	list := make([]storedGateway, 0, len(m.gateways))
+	for _, name := range sortedKeys(m.gateways) {
+		g := m.gateways[name]
+		list = append(list, storedGateway{
+			Name: name, Local: g.hello.GetLocalAddress(), Advertise: g.hello.GetAdvertise(), Zone: g.hello.GetZone(),
+			Version: g.hello.GetVersion(), LastSeen: g.lastSeen,
+		})
+	}
+	data, err := json.Marshal(list)
+	if err == nil {
+		err = m.cfg.Dir.WriteState(gatewaysFile, data)
+	}
+	if err != nil {
+		m.log.Warn("own gateways could not be remembered", "error", err)
+	}
+}
+
+// Run does the background work until ctx ends: it signs catalogs, proves and expires joins, introduces, mirrors. It returns after
+// everything that the Manager started has ended; links that gateways still hold are closed.
+func (m *Manager) Run(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, m.cancel)
+	defer stop()
+	m.spawn(m.runOrigin)
+	m.spawn(m.runSigned)
+	m.spawn(m.runTicks)
+	m.spawn(m.runIntroductions)
+	if m.cfg.Objects != nil {
+		m.spawn(m.runMirror)
+	}
+	<-m.ctx.Done()
+	m.mu.Lock()
+	m.stopped = true
+	m.mu.Unlock()
+	m.wg.Wait()
+	return nil
+}
+
+// spawn runs f until it returns; f ends with m.ctx. After Run's end nothing is started.
+func (m *Manager) spawn(f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.spawnLocked(f)
+}
+
+func (m *Manager) spawnLocked(f func()) {
+	if m.stopped {
+		return
+	}
+	m.wg.Add(1)
+	go m.run(f)
+}
+
+func (m *Manager) run(f func()) {
+	defer m.wg.Done()
+	f()
+}
+
+func (m *Manager) runOrigin() {
+	if err := m.origin.Run(m.ctx); err != nil && m.ctx.Err() == nil {
+		m.log.Error("catalog signing ended", "error", err)
+	}
+}
+
+// runSigned tells the links that heads were signed.
+func (m *Manager) runSigned() {
+	for {
+		changed := m.origin.Changed()
+		m.mu.Lock()
+		m.wakeLinksLocked()
+		m.mu.Unlock()
+		select {
+		case <-changed:
+		case <-m.ctx.Done():
+			return
+		}
+	}
+}
+
+func (m *Manager) runTicks() {
+	t := time.NewTicker(min(tickEvery, m.cfg.ProbeEvery))
+	defer t.Stop()
+	for {
+		select {
+		case <-t.C:
+			m.tick()
+		case <-m.ctx.Done():
+			return
+		}
+	}
+}
+
+// tick expires joins, starts probes, meetings and head-of questions that are due, and publishes what time alone has changed.
+func (m *Manager) tick() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := m.now()
+	for name, g := range m.gateways {
+		if !g.connected && now.Sub(g.lastSeen) > gatewayKept {
+			delete(m.gateways, name)
+			m.writeGatewaysLocked()
+		}
+	}
+	for td, p := range m.peers {
+		if unfinished(p.rec.State) && !p.rec.Expires.IsZero() && !now.Before(p.rec.Expires) {
+			m.log.Info("unfinished join expired", "peer", td.String(), "cluster", p.rec.Cluster.String())
+			if err := m.removeLocked(td); err != nil {
+				m.log.Error("expired join could not be removed", "peer", td.String(), "error", err)
+			}
+			continue
+		}
+		m.dueLocked(p, now)
+	}
+	m.changedLocked()
+}
+
+func unfinished(s State) bool { return s == StateAwaiting || s == StateJoining }
+
+// dueLocked starts at most one background task for a peer.
+func (m *Manager) dueLocked(p *peer, now time.Time) {
+	if p.busy || now.Before(p.next) {
+		return
+	}
+	var task func(spiffeid.TrustDomain) error
+	switch {
+	case p.rec.State == StateJoining && p.bundle == nil:
+		if m.linkLocked("") == nil {
+			return
+		}
+		task = m.meet
+	case p.rec.State == StateJoining && p.rec.Role == roleIntroduced && !p.rec.ProbeOut && m.upLocked(p.rec.TrustDomain):
+		task = m.prove
+	case p.rec.State == StateReady && !p.headAsked && m.upLocked(p.rec.TrustDomain):
+		task = m.askHead
+	default:
+		return
+	}
+	p.busy = true
+	td := p.rec.TrustDomain
+	m.spawnLocked(func() { m.background(td, task) })
+}
+
+func (m *Manager) background(td spiffeid.TrustDomain, task func(spiffeid.TrustDomain) error) {
+	err := task(td)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.peers[td]
+	if p == nil {
+		return
+	}
+	p.busy = false
+	if err == nil {
+		p.delay, p.next = 0, time.Time{}
+		return
+	}
+	first := m.cfg.ProbeEvery
+	if p.bundle == nil {
+		first = m.cfg.IntroduceEvery
+	}
+	p.delay = min(max(2*p.delay, first), 5*time.Minute)
+	p.next = m.now().Add(p.delay)
+	m.log.Debug("peer task failed", "peer", td.String(), "error", err, "retry_in", p.delay.String())
+}
 
 // View returns the newest snapshot; never nil.
-func (m *Manager) View() *View { return nil }
+func (m *Manager) View() *View { return m.view.Load() }
 
-// Changed returns a channel that is closed at the next change of View.
-func (m *Manager) Changed() <-chan struct{} { return nil }
-
-// SetOffers replaces what each consumer is offered: entry bodies by catalog key ("svc/<ns>/<name>" → controlpb.CatalogService,
-// deterministically marshalled). Consumers that are not in the map are offered nothing. Own gateway records are added here.
-func (m *Manager) SetOffers(offers map[spiffeid.TrustDomain]map[string][]byte) {}
-
-// Handler answers a peer's query. An error that is a *problem.Error keeps its code.
-type Handler func(ctx context.Context, from spiffeid.TrustDomain, body []byte) ([]byte, error)
-
-// Handle registers the handler of a method; built in are probe, probe-back, head-of, introduce and leave. Only ready peers reach it.
-func (m *Manager) Handle(method string, h Handler) {}
-
-// Reply is a peer's answer.
-type Reply struct {
-	Body      []byte
-	Elapsed   float64 // seconds, as the gateway measured
-	Transport string
-	Gateway   string // own, that carried it
+// Changed returns a channel that is closed at the next change of View. Take it before View, or a change may be missed.
+func (m *Manager) Changed() <-chan struct{} {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.changed
 }
 
-// Ask asks a peer's control plane through the tunnel. Without a live tunnel: STR-2101.
-func (m *Manager) Ask(ctx context.Context, td spiffeid.TrustDomain, method string, body []byte) (*Reply, error) {
-	return nil, errNotYet
+// update changes one peer's record: f works on a copy, which is on disk before anybody sees it. f may return errUnchanged.
+func (m *Manager) update(td spiffeid.TrustDomain, f func(r *record) error) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.updateLocked(td, f)
 }
 
-// Join joins the token's issuer, or resumes that, and calls progress after each stage, from one goroutine. The error is also in the
-// last progress message.
-func (m *Manager) Join(ctx context.Context, token string, sameness []string, checkOnly bool, progress func(*controlpb.JoinProgress)) error {
-	return errNotYet
+var errUnchanged = errors.New("unchanged")
+
+func (m *Manager) updateLocked(td spiffeid.TrustDomain, f func(r *record) error) error {
+	old := m.peers[td]
+	rec := &record{TrustDomain: td}
+	if old != nil {
+		rec = old.rec.clone()
+	}
+	if err := f(rec); err != nil {
+		if errors.Is(err, errUnchanged) {
+			return nil
+		}
+		return err
+	}
+	p, err := newPeer(rec)
+	if err != nil {
+		return err
+	}
+	if err := writeRecord(m.cfg.Dir, rec); err != nil {
+		return err
+	}
+	if old != nil {
+		if bytes.Equal(old.rec.Bundle, rec.Bundle) {
+			p.bundle = old.bundle // the same pointer: nothing changed for readers
+		}
+		p.headAsked, p.refused, p.lastUp, p.busy, p.next, p.delay = old.headAsked, old.refused, old.lastUp, old.busy, old.next, old.delay
+		if old.rec.State != rec.State {
+			p.next, p.delay = time.Time{}, 0
+		}
+	}
+	m.peers[td] = p
+	m.changedLocked()
+	return nil
 }
 
-// TokenIssue makes a join token.
-func (m *Manager) TokenIssue(ctx context.Context, req *controlpb.TokenIssueRequest) (*controlpb.TokenIssueResponse, error) {
-	return nil, errNotYet
+func (m *Manager) removeLocked(td spiffeid.TrustDomain) error {
+	if err := m.cfg.Dir.Remove(peerFile(td)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("peer %s: %w", td, err)
+	}
+	delete(m.peers, td)
+	for other, p := range m.peers {
+		m.forgetToldLocked(other, p, td)
+	}
+	m.changedLocked()
+	return nil
 }
 
-// TokenList lists join tokens, newest first.
-func (m *Manager) TokenList(ctx context.Context) ([]*controlpb.TokenInfo, error) {
-	return nil, errNotYet
+// forgetToldLocked lets td be introduced to other again, should it come back.
+func (m *Manager) forgetToldLocked(other spiffeid.TrustDomain, p *peer, td spiffeid.TrustDomain) {
+	for i, t := range p.rec.Told {
+		if t != td {
+			continue
+		}
+		rec := p.rec.clone()
+		rec.Told = append(rec.Told[:i], rec.Told[i+1:]...)
+		if err := writeRecord(m.cfg.Dir, rec); err != nil {
+			m.log.Error("peer record could not be written", "peer", other.String(), "error", err)
+			return
+		}
+		p.rec = rec
+		return
+	}
 }
 
-// TokenRevoke ends a token that is not used up.
-func (m *Manager) TokenRevoke(ctx context.Context, id string) error { return errNotYet }
-
-// Approve lets an awaiting peer in.
-func (m *Manager) Approve(ctx context.Context, cluster federation.ClusterName) (*controlpb.Member, error) {
-	return nil, errNotYet
+func (m *Manager) alarm(kind string, cluster federation.ClusterName, text string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.alarmLocked(kind, cluster, text)
+	m.changedLocked()
 }
 
-// Evict withdraws a peer at once and keeps its name reserved.
-func (m *Manager) Evict(ctx context.Context, cluster federation.ClusterName) (*controlpb.Member, error) {
-	return nil, errNotYet
+func (m *Manager) alarmLocked(kind string, cluster federation.ClusterName, text string) {
+	m.log.Warn("alarm", "kind", kind, "cluster", cluster.String(), "text", text)
+	alarms := append(append([]Alarm(nil), m.alarms...), Alarm{At: m.now(), Cluster: cluster, Kind: kind, Text: text})
+	m.alarms = alarms[max(0, len(alarms)-maxAlarms):]
 }
-
-// Leave tells every peer and drops them all.
-func (m *Manager) Leave(ctx context.Context, progress func(*controlpb.JoinProgress)) error {
-	return errNotYet
-}
-
-// SetSameness replaces the namespaces in which a peer's services are the same as ours; AllNamespaces for all.
-func (m *Manager) SetSameness(td spiffeid.TrustDomain, namespaces []string) error { return errNotYet }
-
-// Members lists the own cluster first, then the peers.
-func (v *View) Members() []*controlpb.Member { return nil }

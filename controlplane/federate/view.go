@@ -40,6 +40,8 @@ type View struct {
 	Gateways []*Gateway     // own, sorted by name
 	Bundles  *trust.Bundles // own, and of peers that are joining or ready
 	Alarms   []Alarm        // newest last, at most 64
+
+	ownBundle *trust.Bundle
 }
 
 // Peer is one other cluster.
