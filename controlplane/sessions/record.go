@@ -103,7 +103,7 @@ func (s *Server) save() {
 		s.mu.Unlock()
 		return
 	}
-	s.unsaved = false
+	s.unsaved, s.saved = false, s.cfg.Now()
 	snap := s.snapshotLocked()
 	s.mu.Unlock()
 	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(snap)

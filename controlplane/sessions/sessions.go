@@ -48,12 +48,14 @@ const (
 	silentAfter     = 3 // intervals
 	settleAfter     = 2 // intervals
 	helloTimeout    = 10 * time.Second
-	maxInstances    = 4096
-	maxDecisions    = 1024
-	maxName         = 512
-	maxText         = 1024
-	maxStateJSON    = 64 << 10
-	maxInputsJSON   = 256 << 10
+	// saveHeartbeats is how often the snapshot is written when nothing changes but the times of the last reports.
+	saveHeartbeats = time.Minute
+	maxInstances   = 4096
+	maxDecisions   = 1024
+	maxName        = 512
+	maxText        = 1024
+	maxStateJSON   = 64 << 10
+	maxInputsJSON  = 256 << 10
 )
 
 // Server receives reports.
@@ -73,6 +75,7 @@ type Server struct {
 	decided uint64
 	dirty   bool // a view is due
 	unsaved bool
+	saved   time.Time // of the last snapshot
 }
 
 // New reads the snapshot and returns a Server. A damaged snapshot is reported in the log and left out.
@@ -344,7 +347,9 @@ func (s *Server) receive(r *record, l *live, q *controlpb.SessionReport) error {
 	}
 	now := s.cfg.Now()
 	r.lastReport.Store(now.UnixMilli())
-	s.unsaved = true
+	if now.Sub(s.saved) > saveHeartbeats {
+		s.unsaved = true
+	}
 	changed := r.silent || r.draining != q.GetDraining()
 	r.silent, r.draining = false, q.GetDraining()
 	if q.GetInstancesPresent() || len(q.GetInstances()) > 0 {
