@@ -500,3 +500,41 @@ func attribute(s *tracepb.Span, key string) *commonpb.AnyValue {
 }
 
 func appProtocol(p int) http.AppProtocol { return http.AppProtocol(p) }
+
+// awaitMetric waits until a series with (at least) these labels is above zero and returns its value.
+func (r *rig) awaitMetric(name string, labels map[string]string) float64 {
+	r.t.Helper()
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); <-time.After(time.Millisecond) {
+		if v := r.metric(name, labels); v > 0 {
+			return v
+		}
+	}
+	r.t.Fatalf("no %s%v", name, labels)
+	return 0
+}
+
+func (r *rig) metric(name string, labels map[string]string) (sum float64) {
+	families, err := r.metrics.Gather().Gather()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	for _, f := range families {
+		if f.GetName() != name {
+			continue
+		}
+	series:
+		for _, m := range f.Metric {
+			have := map[string]string{}
+			for _, l := range m.Label {
+				have[l.GetName()] = l.GetValue()
+			}
+			for k, v := range labels {
+				if have[k] != v {
+					continue series
+				}
+			}
+			sum += m.GetCounter().GetValue() + m.GetGauge().GetValue() + float64(m.GetHistogram().GetSampleCount())
+		}
+	}
+	return sum
+}
