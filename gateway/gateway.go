@@ -181,6 +181,7 @@ func (g *Gateway) start(ctx context.Context, errs chan<- error) {
 	run("local listener", g.acceptLocal)
 	run("link", g.link.run)
 	run("hints", g.followHints)
+	run("introductions", g.meet)
 	run("figures", g.observe)
 	if g.web != nil {
 		run("metrics", g.web.run)
@@ -294,6 +295,26 @@ func (g *Gateway) farDraining(s *tunnel.Session, grace time.Duration) {
 func (g *Gateway) tunnelsChanged() {
 	g.locals.each((*localSession).peersChanged)
 	g.link.tunnelsChanged()
+}
+
+// meet has gossip make contact with each gateway that a session came up with.
+func (g *Gateway) meet(ctx context.Context) error {
+	met := make(map[string]bool)
+	for {
+		changed := g.tun.Changed()
+		now := make(map[string]bool)
+		for _, name := range g.tun.Gossip().Peers() {
+			if now[name] = true; !met[name] {
+				g.gossip.Join(name)
+			}
+		}
+		met = now
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
 }
 
 // observe writes the tunnels' figures into the metrics.

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/federation/catalog"
 	"github.com/strait-mesh/strait/gateway/tunnel"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -45,7 +46,8 @@ type linkStream struct {
 	wake chan struct{} // imports changed, or a mark came
 
 	mu    sync.Mutex
-	marks map[spiffeid.TrustDomain]mark // what the control plane holds of each origin
+	marks map[spiffeid.TrustDomain]mark     // what the control plane holds of each origin
+	sent  map[spiffeid.TrustDomain][32]byte // sum of the head last sent
 }
 
 type mark struct{ epoch, seq uint64 }
@@ -102,7 +104,7 @@ func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
 		return err
 	}
 	s := &linkStream{ctx: ctx, out: make(chan *controlpb.GatewayMessage, linkQueue), wake: make(chan struct{}, 1),
-		marks: make(map[spiffeid.TrustDomain]mark)}
+		marks: make(map[spiffeid.TrustDomain]mark), sent: make(map[spiffeid.TrustDomain][32]byte)}
 	l.mu.Lock()
 	l.cur = s
 	l.mu.Unlock()
@@ -276,24 +278,17 @@ func (l *link) takeMark(s *linkStream, m *controlpb.CatalogMark) {
 	}
 	s.mu.Lock()
 	s.marks[td] = mark{m.Epoch, m.Seq}
+	delete(s.sent, td)
 	s.mu.Unlock()
 	s.poke()
 }
 
 // pushImports sends up what peers' catalogs have beyond the control plane's marks.
 func (l *link) pushImports(s *linkStream) {
-	sent := make(map[spiffeid.TrustDomain][32]byte) // hash of the head last sent
 	for {
 		for _, td := range l.g.imports.Keys() {
-			s.mu.Lock()
-			m := s.marks[td]
-			s.mu.Unlock()
-			u := l.g.imports.Update(td, m.epoch, m.seq)
+			u := l.nextImport(s, td)
 			if u == nil {
-				continue
-			}
-			sum := headSum(u)
-			if sent[td] == sum {
 				continue
 			}
 			err := s.send(s.ctx, &controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Catalog{Catalog: &controlpb.PeerCatalog{
@@ -301,15 +296,6 @@ func (l *link) pushImports(s *linkStream) {
 			if err != nil {
 				return
 			}
-			sent[td] = sum
-			epoch, seq := l.g.imports.Mark(td)
-			s.mu.Lock()
-			if s.marks[td] == m {
-				s.marks[td] = mark{epoch, seq}
-			} else {
-				delete(sent, td) // a mark came meanwhile: look again
-			}
-			s.mu.Unlock()
 		}
 		select {
 		case <-s.ctx.Done():
@@ -317,6 +303,26 @@ func (l *link) pushImports(s *linkStream) {
 		case <-s.wake:
 		}
 	}
+}
+
+// nextImport is what to send of td's catalog, nil for nothing new. The mark moves on at once: a control plane that refuses
+// the update says so by a mark of its own.
+func (l *link) nextImport(s *linkStream, td spiffeid.TrustDomain) *controlpb.CatalogUpdate {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.marks[td]
+	u := l.g.imports.Update(td, m.epoch, m.seq)
+	if u == nil {
+		return nil
+	}
+	sum := headSum(u)
+	if s.sent[td] == sum {
+		return nil
+	}
+	if h, err := catalog.ParseHead(u.GetHead().GetHead()); err == nil {
+		s.sent[td], s.marks[td] = sum, mark{h.Epoch, h.Seq}
+	}
+	return u
 }
 
 // ask passes a question of our control plane to a gateway of the peer, and the answer back.
