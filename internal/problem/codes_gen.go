@@ -49,6 +49,7 @@ const (
 	CertNotYetValid      Code = "STR-5203" // peer certificate not yet valid
 	RegistrationRefused  Code = "STR-5301" // registration refused
 	AccessDenied         Code = "STR-5302" // operator access denied
+	RegistrationBusy     Code = "STR-5303" // registration is not possible now
 	PolicyDenied         Code = "STR-6101" // denied by an access policy
 	RequestRefused       Code = "STR-6102" // the request was refused
 	DemoRunning          Code = "STR-7101" // a demo is already running

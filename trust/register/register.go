@@ -138,8 +138,8 @@ func (s *Server) answer(c *tls.Conn, req *controlpb.RegisterRequest) *controlpb.
 		}
 		s.log().Warn("registration refused", "token", id, "address", c.RemoteAddr().String(), "error", err.Error())
 		p := problem.From(err)
-		if p.Code == problem.Internal {
-			p = problem.New(problem.Internal, "the control plane could not issue an identity")
+		if p.Code != problem.RegistrationRefused && p.Code != problem.RegistrationBusy { // ours to know
+			p = problem.New(problem.RegistrationBusy, "").WithWhy("the control plane could not issue an identity")
 		}
 		return &controlpb.RegisterResponse{ErrorCode: string(p.Code), ErrorMessage: p.Reason()}
 	}
@@ -158,7 +158,7 @@ func (s *Server) answer(c *tls.Conn, req *controlpb.RegisterRequest) *controlpb.
 // without the secret makes us check a signature.
 func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]byte, error) {
 	if !s.limit.admit(c.RemoteAddr(), s.now(), s.Rate) {
-		return Grant{}, nil, refused("too many registrations at once; try again in a moment")
+		return Grant{}, nil, problem.New(problem.RegistrationBusy, "registrations are limited").WithWhy("too many registrations at once")
 	}
 	exp, err := exporter(c)
 	if err != nil {
@@ -208,7 +208,7 @@ type Result struct {
 }
 
 // Register redeems the token at the first address where the control plane named in it answers; its refusal is final. Refusals
-// are *problem.Error of STR-5301; errors of the network are plain.
+// are *problem.Error of STR-5301; STR-5303 and errors of the network, which are plain, may be tried again.
 func Register(ctx context.Context, cfg ClientConfig) (*Result, error) {
 	if len(cfg.Addresses) == 0 {
 		cfg.Addresses = cfg.Token.Addresses
@@ -286,8 +286,12 @@ func registerAt(ctx context.Context, cfg ClientConfig, addr string) (*Result, er
 }
 
 func result(cfg ClientConfig, resp *controlpb.RegisterResponse) (*Result, error) {
-	if resp.ErrorCode != "" {
+	switch resp.ErrorCode {
+	case "":
+	case string(problem.RegistrationRefused):
 		return nil, refused(resp.ErrorMessage)
+	default:
+		return nil, problem.New(problem.RegistrationBusy, "the control plane could not register this process now").WithWhy("%s", resp.ErrorMessage).Retry()
 	}
 	id, err := trust.NewIdentity(resp.ChainDer, cfg.Key)
 	if err != nil {
