@@ -17,6 +17,7 @@ import (
 	"github.com/strait-mesh/strait/sidecar/local"
 	"github.com/strait-mesh/strait/sidecar/pool"
 	"github.com/strait-mesh/strait/trust/spiffeid"
+	"github.com/strait-mesh/strait/trust/withdrawal"
 
 	sidecarhttp "github.com/strait-mesh/strait/sidecar/http"
 )
@@ -105,13 +106,16 @@ func (s *Sidecar) dialLocal(ctx context.Context, svc *service, r *route, p *plac
 	if err != nil {
 		return nil, "", &pool.Failure{Key: want.Key, Reason: federation.TrustRefused, Err: err}
 	}
+	if reason, denied := s.isDenied(id); denied {
+		return nil, "", &pool.Failure{Key: want.Key, Reason: federation.TrustRefused, Err: fmt.Errorf("identity withdrawn: %s", reason)}
+	}
 	t.Address, t.IDs = e.GetInboundAddress(), []spiffeid.ID{id}
 	t.SNI = federation.SNI(federation.PortName(key.port), svc.name, p.cluster, p.federation)
 	c, err := s.dialer.Dial(ctx, t)
 	if err != nil {
 		return nil, "", s.failure(err, want.Key, "")
 	}
-	return s.keep(c), want.Key, nil
+	return s.admit(c, t, want.Key)
 }
 
 func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key groupKey, want pool.Want, t inner.Target,
@@ -129,6 +133,9 @@ func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key gr
 		if err != nil || id.TrustDomain() != td {
 			continue // a peer is believed only about its own trust domain
 		}
+		if _, denied := s.isDenied(id); denied {
+			continue
+		}
 		t.IDs = append(t.IDs, id)
 	}
 	t.SNI = federation.SNI(federation.PortName(key.port), svc.name, key.cluster, federation.FederationName(remote.GetFederation()))
@@ -137,12 +144,17 @@ func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key gr
 			t.Avoid = append(t.Avoid, h)
 		}
 	}
+	if !s.locals.Known() { // just started, or every gateway is restarting: worth a moment
+		wait, cancel := context.WithTimeout(ctx, local.Grace)
+		s.locals.Await(wait)
+		cancel()
+	}
 	var last error = &pool.Failure{Neutral: true, Reason: federation.PeerUnreachable, Err: errors.New("no session to a gateway")}
 	for _, session := range s.gatewaysFor(td) {
 		t.Via = session
 		c, err := s.dialer.Dial(ctx, t)
 		if err == nil {
-			return s.keep(c), handleKey(c.Handle, session), nil
+			return s.admit(c, t, handleKey(c.Handle, session))
 		}
 		last = s.failure(err, "", session.Gateway().Name)
 		if ctx.Err() != nil || !otherGateway(err) {
@@ -258,20 +270,26 @@ func findRemote(svc *controlpb.Service, cluster federation.ClusterName) *control
 	return nil
 }
 
-// keep enters a new connection among those that notices can name.
-func (s *Sidecar) keep(c *inner.Conn) *inner.Conn {
-	if c.Via == nil {
-		return c
-	}
-	s.mu.Lock()
-	s.inners[c] = struct{}{}
-	s.mu.Unlock()
-	c.OnClose(func() {
+// admit judges a new connection, which stands in the ledger by now: what was withdrawn while it was made ends here.
+func (s *Sidecar) admit(c *inner.Conn, t inner.Target, key string) (*inner.Conn, string, error) {
+	if c.Via != nil {
 		s.mu.Lock()
-		delete(s.inners, c)
+		s.inners[c] = struct{}{}
 		s.mu.Unlock()
+		c.OnClose(func() {
+			s.mu.Lock()
+			delete(s.inners, c)
+			s.mu.Unlock()
+		})
+	}
+	reason, ok := s.judge(withdrawal.Subject{
+		Peer: c.Peer.ID.TrustDomain(), Identity: c.Peer.ID, Export: t.Export, Class: withdrawal.Outbound,
 	})
-	return c
+	if !ok {
+		c.Close()
+		return nil, "", &pool.Failure{Key: key, Reason: federation.TrustRefused, Err: errors.New(reason)}
+	}
+	return c, key, nil
 }
 
 // notice takes a gateway's word about connections through one of its sessions.

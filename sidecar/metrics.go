@@ -4,7 +4,6 @@ package sidecar
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"sync"
 
@@ -116,7 +115,6 @@ func (m *metrics) refused(name federation.ServiceName, reason federation.Reason)
 func (m *metrics) handshake(err error) {
 	word := "broken"
 	var verify *trust.VerifyError
-	var alert tls.AlertError
 	switch {
 	case errors.Is(err, errUnknownName):
 		word = "unknown_name"
@@ -126,7 +124,7 @@ func (m *metrics) handshake(err error) {
 		word = verify.Reason
 	case errors.Is(err, context.DeadlineExceeded):
 		word = "timeout"
-	case errors.As(err, &alert):
+	case isAlert(err):
 		word = "refused_by_caller"
 	}
 	m.handshakes.With(word).Inc()

@@ -4,6 +4,7 @@ package sidecar
 
 import (
 	"context"
+	"errors"
 	"net"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
@@ -126,9 +127,17 @@ func tcpEnd(res relay.Result, withdrawn string) (reason string, o pool.Outcome) 
 		return "end", pool.OK
 	case res.FromA:
 		return "reset_by_caller", pool.Neutral
+	case isAlert(res.Err):
+		return "refused_by_callee", pool.Neutral // it judged our identity, or its policy did: that is not ill health
 	case res.BtoA == 0:
 		return "reset_by_callee", pool.Reset
 	default:
 		return "reset_by_callee", pool.Neutral
 	}
+}
+
+// isAlert says that the other end sent a TLS alert, which is how a callee refuses after our side of the handshake was done.
+func isAlert(err error) bool {
+	var op *net.OpError
+	return errors.As(err, &op) && op.Op == "remote error"
 }

@@ -30,6 +30,7 @@ type services struct {
 	now     func() time.Time
 	newLoop func(*service) // starts the service's loop
 
+	subs   sync.Mutex // held over a change of all together with its (un)subscription; above mu
 	mu     sync.Mutex
 	all    map[federation.ServiceName]*service
 	closed bool
@@ -52,11 +53,11 @@ type route struct {
 
 // service is one service that is called.
 type service struct {
-	name   federation.ServiceName
-	pinned bool // an explicit upstream: never forgotten
-	ctx    context.Context
-	cancel context.CancelFunc
-	wake   chan struct{} // cap 1
+	name     federation.ServiceName
+	explicit bool // an explicit upstream: never forgotten; guarded by services.mu
+	ctx      context.Context
+	cancel   context.CancelFunc
+	wake     chan struct{} // cap 1
 
 	res     atomic.Pointer[resource]
 	route   atomic.Pointer[route]
@@ -81,38 +82,51 @@ func newServices(client Client, idle time.Duration, now func() time.Time) *servi
 	return &services{client: client, idle: idle, now: now, all: map[federation.ServiceName]*service{}}
 }
 
-// get returns a service, subscribing to it when it is new.
-func (s *services) get(name federation.ServiceName, pinned bool) (*service, error) {
+// get returns a service, subscribing to it when it is new. An explicit one is never forgotten.
+func (s *services) get(name federation.ServiceName, explicit bool) (*service, error) {
 	s.mu.Lock()
 	svc := s.all[name]
+	s.mu.Unlock()
 	if svc == nil {
-		if s.closed {
-			s.mu.Unlock()
-			return nil, errNoService
+		var err error
+		if svc, err = s.add(name); err != nil {
+			return nil, err
 		}
-		if len(s.all) >= maxServices {
-			s.mu.Unlock()
-			return nil, errTooManyServices
-		}
-		svc = &service{
-			name: name, wake: make(chan struct{}, 1), decided: make(chan struct{}),
-			dealer: federation.NewDealer(), groups: map[groupKey]*pool.Group{},
-		}
-		svc.ctx, svc.cancel = context.WithCancel(context.Background())
-		s.all[name] = svc
-		svc.used.Store(s.now().UnixNano())
-		s.newLoop(svc)
-		s.mu.Unlock()
-		s.client.Subscribe(controlpb.TypeService, name.String())
-	} else {
-		s.mu.Unlock()
 	}
-	if pinned {
+	if explicit {
 		s.mu.Lock()
-		svc.pinned = true
+		svc.explicit = true
 		s.mu.Unlock()
 	}
 	svc.used.Store(s.now().UnixNano())
+	return svc, nil
+}
+
+func (s *services) add(name federation.ServiceName) (*service, error) {
+	s.subs.Lock()
+	defer s.subs.Unlock()
+	s.mu.Lock()
+	if svc := s.all[name]; svc != nil {
+		s.mu.Unlock()
+		return svc, nil
+	}
+	if s.closed || len(s.all) >= maxServices {
+		defer s.mu.Unlock()
+		if s.closed {
+			return nil, errNoService
+		}
+		return nil, errTooManyServices
+	}
+	svc := &service{
+		name: name, wake: make(chan struct{}, 1), decided: make(chan struct{}),
+		dealer: federation.NewDealer(), groups: map[groupKey]*pool.Group{},
+	}
+	svc.ctx, svc.cancel = context.WithCancel(context.Background())
+	svc.used.Store(s.now().UnixNano())
+	s.all[name] = svc
+	s.newLoop(svc)
+	s.mu.Unlock()
+	s.client.Subscribe(controlpb.TypeService, name.String())
 	return svc, nil
 }
 
@@ -187,10 +201,12 @@ func (s *services) kickAll() {
 // forgetIdle ends services that nothing has called for a while.
 func (s *services) forgetIdle() {
 	limit := s.now().Add(-s.idle).UnixNano()
+	s.subs.Lock()
+	defer s.subs.Unlock()
 	s.mu.Lock()
 	var gone []*service
 	for name, svc := range s.all {
-		if svc.pinned || svc.used.Load() > limit || svc.busy() {
+		if svc.explicit || svc.used.Load() > limit || svc.busy() {
 			continue
 		}
 		delete(s.all, name)

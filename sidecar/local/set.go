@@ -104,12 +104,13 @@ type Set struct {
 	cfg  Config
 	wake chan struct{}
 
-	mu     sync.Mutex
-	wanted map[string]Gateway
-	live   map[string]*Session // by gateway name; welcomed, not retiring
-	all    map[*Session]struct{}
-	health *controlpb.LocalHealth
-	lost   time.Time // since when no session is live; zero while one is
+	mu      sync.Mutex
+	wanted  map[string]Gateway
+	live    map[string]*Session // by gateway name; welcomed, not retiring
+	all     map[*Session]struct{}
+	health  *controlpb.LocalHealth
+	lost    time.Time     // since when no session is live; zero while one is
+	arrived chan struct{} // closed while a session is live
 }
 
 // New returns a Set that leads nowhere yet.
@@ -117,6 +118,7 @@ func New(cfg Config) *Set {
 	return &Set{
 		cfg: cfg.withDefaults(), wake: make(chan struct{}, 1), wanted: map[string]Gateway{},
 		live: map[string]*Session{}, all: map[*Session]struct{}{}, lost: time.Now(),
+		arrived: make(chan struct{}),
 	}
 }
 
@@ -259,7 +261,10 @@ func (s *Set) enter(session *Session) {
 	s.mu.Lock()
 	old := s.live[session.gateway.Name]
 	s.live[session.gateway.Name] = session
-	s.lost = time.Time{}
+	if !s.lost.IsZero() {
+		s.lost = time.Time{}
+		close(s.arrived)
+	}
 	s.all[session] = struct{}{}
 	s.mu.Unlock()
 	s.cfg.Changed()
@@ -273,7 +278,7 @@ func (s *Set) leave(session *Session) {
 	if s.live[session.gateway.Name] == session {
 		delete(s.live, session.gateway.Name)
 		if len(s.live) == 0 {
-			s.lost = time.Now()
+			s.lost, s.arrived = time.Now(), make(chan struct{})
 		}
 	}
 	delete(s.all, session)
@@ -299,6 +304,20 @@ func (s *Set) Sessions() []*Session {
 	}
 	slices.SortFunc(good, func(a, b *Session) int { return cmp.Compare(a.gateway.Name, b.gateway.Name) })
 	return good
+}
+
+// Await waits until a session is live, for as long as ctx allows. Without any gateway to wait for it returns at once.
+func (s *Set) Await(ctx context.Context) {
+	s.mu.Lock()
+	arrived, none := s.arrived, len(s.wanted) == 0
+	s.mu.Unlock()
+	if none {
+		return
+	}
+	select {
+	case <-arrived:
+	case <-ctx.Done():
+	}
 }
 
 // Grace is how long the absence of every session is taken for a restart of gateways and changes nothing.

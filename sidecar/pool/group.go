@@ -103,6 +103,9 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
+// renewed is how far ahead evidence of what is probed reaches; each failed probe renews it.
+const renewed = 15 * time.Second
+
 // whole is the key of the book on the whole remote cluster.
 const whole = ""
 
@@ -151,7 +154,8 @@ func New(cfg Config) *Group {
 	return g
 }
 
-// SetEndpoints replaces the endpoints of an own-cluster group. Connections to absent or draining ones are retired.
+// SetEndpoints replaces the endpoints of an own-cluster group. Connections to absent ones are retired; a draining one ends
+// its own when it wants to.
 func (g *Group) SetEndpoints(list []Endpoint) {
 	g.mu.Lock()
 	g.endpoints = slices.Clone(list)
@@ -322,18 +326,22 @@ func (g *Group) Choose(avoid func(key string) bool, force bool) (*Lease, error) 
 	return &Lease{Key: e.Key, g: g, start: now}, nil
 }
 
-// Reached tells a lease from Choose on a remote group where its dial led.
+// Reached tells a lease from Choose that its dial succeeded, and on a remote group where it led. Call it at most once.
 func (l *Lease) Reached(key string) {
 	l.g.mu.Lock()
-	defer l.g.mu.Unlock()
-	if l.Key != "" || l.c != nil {
-		return
+	changed := l.g.reachedLocked(whole)
+	if l.Key == "" {
+		l.Key = key
+		b := l.g.bookLocked(key)
+		b.inFlight++
+		b.fails = 0
+	} else {
+		changed = l.g.reachedLocked(l.Key) || changed
 	}
-	l.Key = key
-	b := l.g.bookLocked(key)
-	b.inFlight++
-	b.fails = 0
-	l.g.reachedLocked(whole)
+	l.g.mu.Unlock()
+	if changed {
+		l.g.cfg.Changed()
+	}
 }
 
 // Avoid returns the ejected keys, at most n, for dials.
@@ -585,7 +593,7 @@ func (g *Group) Evidence() Evidence {
 		e.Ejections = append(e.Ejections, x)
 	}
 	if e.Candidates > 0 && hard == e.Candidates {
-		e.Down, e.Until = true, now.Add(5*time.Second)
+		e.Down, e.Until = true, now.Add(renewed)
 	} else {
 		e.Reason, e.Why = "", ""
 	}
@@ -615,7 +623,7 @@ func (g *Group) remoteEvidenceLocked(now time.Time, e *Evidence) {
 	}
 	e.Down = e.Candidates > 0 && e.Ejected == e.Candidates
 	if b := g.books[whole]; b != nil && b.isEjected(now) {
-		e.Down, e.Until, e.Reason, e.Why = true, now.Add(5*time.Second), b.reason, b.why
+		e.Down, e.Until, e.Reason, e.Why = true, now.Add(renewed), b.reason, b.why
 	}
 	if !e.Down {
 		e.Until, e.Reason, e.Why = time.Time{}, "", ""
