@@ -17,6 +17,8 @@ import (
 	"math/big"
 	"slices"
 	"sort"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -37,6 +39,10 @@ type Bundle struct {
 	sequence uint64
 	refresh  time.Duration
 	pool     *x509.CertPool
+
+	// anchored remembers issuers that a root was seen to have signed, by the hash of the whole certificate.
+	anchored      sync.Map // [32]byte → struct{}
+	anchoredCount atomic.Int32
 }
 
 // NewBundle makes a bundle. Without roots it is valid and verifies nothing. A root must be a CA certificate and, when it
@@ -65,6 +71,9 @@ func NewBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, sequence uint
 // maxSignatures bounds how many roots of one name are tried for a stranger's chain.
 const maxSignatures = 4
 
+// maxAnchored bounds how many issuers a bundle remembers; a cluster has a few a year.
+const maxAnchored = 64
+
 // anchors checks that every certificate of chain names the next one as its issuer, and that a root signed the last: one
 // signature, unless roots share a name without key identifiers.
 func (b *Bundle) anchors(chain []*x509.Certificate) error {
@@ -77,6 +86,10 @@ func (b *Bundle) anchors(chain []*x509.Certificate) error {
 			return fmt.Errorf("certificate %d was not issued by the one after it", i)
 		}
 	}
+	sum := sha256.Sum256(last.Raw)
+	if _, ok := b.anchored.Load(sum); ok {
+		return nil
+	}
 	tried := 0
 	for _, root := range b.roots {
 		if !bytes.Equal(root.RawSubject, last.RawIssuer) ||
@@ -87,6 +100,9 @@ func (b *Bundle) anchors(chain []*x509.Certificate) error {
 			break
 		}
 		if last.CheckSignatureFrom(root) == nil {
+			if last.IsCA && b.anchoredCount.Add(1) <= maxAnchored {
+				b.anchored.Store(sum, struct{}{})
+			}
 			return nil
 		}
 	}

@@ -103,3 +103,57 @@ func TestConcurrentUse(t *testing.T) {
 		t.Errorf("%d stand", r.Len())
 	}
 }
+
+// TestClockStep: fault row F25. When the wall clock jumps past a certificate's end, what stands on it is ended within a second;
+// what had ended already when it was added is ended at once.
+func TestClockStep(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		var step time.Duration
+		now := func() time.Time {
+			mu.Lock()
+			defer mu.Unlock()
+			return time.Now().Add(step)
+		}
+		r := withdrawal.New(withdrawal.Config{Now: now})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		ended := make(chan string, 2)
+		r.Add(withdrawal.Subject{NotAfter: now().Add(24 * time.Hour)}, func(reason string) { ended <- reason })
+		r.Add(withdrawal.Subject{}, func(string) { t.Error("ended what has no end") })
+		time.Sleep(10 * time.Minute)
+		mu.Lock()
+		step = 25 * time.Hour
+		mu.Unlock()
+		stepped := time.Now()
+		if reason := <-ended; reason != withdrawal.ReasonExpired || time.Since(stepped) > time.Second {
+			t.Errorf("%s after %v", reason, time.Since(stepped))
+		}
+		late := time.Now()
+		r.Add(withdrawal.Subject{NotAfter: now().Add(-time.Hour)}, func(reason string) { ended <- reason })
+		if <-ended; time.Since(late) != 0 {
+			t.Errorf("what had ended stood for %v", time.Since(late))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// TestCallbacksMayUseTheRegistry: neither a judgement nor an end runs under the lock.
+func TestCallbacksMayUseTheRegistry(t *testing.T) {
+	r := withdrawal.New(withdrawal.Config{})
+	ended := 0
+	var remove func()
+	remove = r.Add(withdrawal.Subject{}, func(string) {
+		ended++
+		remove()
+		r.Add(withdrawal.Subject{Export: "later"}, func(string) {})
+	})
+	n := r.Judge(func(s withdrawal.Subject) (string, bool) { return "x", r.Len() > 1 || s.Export == "later" })
+	if n != 1 || ended != 1 || r.Len() != 1 {
+		t.Errorf("judged %d, ended %d, %d stand", n, ended, r.Len())
+	}
+}
