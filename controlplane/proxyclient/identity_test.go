@@ -188,3 +188,39 @@ func handshake(t *testing.T, c *cluster, source *trust.Source) error {
 	a.Close()
 	return errors.Join(err, <-failed)
 }
+
+// TestOthersSelfIsNotThere is T29 and T35 with real certificates: what is another's, or for gateways, does not exist for a
+// workload, by name or as a whole.
+func TestOthersSelfIsNotThere(t *testing.T) {
+	c := newCluster(t)
+	c.serve()
+	must(t, c.discovery.Replace(controlpb.TypeSelf, map[string]proto.Message{
+		"shop/web-1": &controlpb.Self{Name: "shop/web-1"}, "shop/cart-1": &controlpb.Self{Name: "shop/cart-1"},
+	}))
+	must(t, c.discovery.Replace(controlpb.TypeGrant, map[string]proto.Message{"eu-west.acme/shop/cart": &controlpb.Grant{}}))
+	must(t, c.discovery.Replace(controlpb.TypePeer, map[string]proto.Message{}))
+	web, _ := open(t, c.config(proxyclient.Sidecar, "shop/web-1", c.sidecarToken("shop/web-1", "web"), newDir(t)))
+	cart, _ := open(t, c.config(proxyclient.Sidecar, "shop/cart-1", c.sidecarToken("shop/cart-1", "cart"), newDir(t)))
+	gateway, _ := open(t, c.config(proxyclient.Gateway, "gw-1", c.gatewayToken("gw-1"), newDir(t)))
+	ctx, cancel := context.WithTimeout(t.Context(), within)
+	defer cancel()
+	for _, client := range []*proxyclient.Client{web, cart, gateway} {
+		client.Subscribe(controlpb.TypeSelf, "shop/cart-1")
+		client.SubscribeAll(controlpb.TypeGrant)
+		want := map[string]proxyclient.State{controlpb.TypeSelf: proxyclient.Absent, controlpb.TypeGrant: proxyclient.Absent}
+		if client == cart {
+			want[controlpb.TypeSelf] = proxyclient.Known
+		}
+		if client == gateway {
+			want[controlpb.TypeGrant] = proxyclient.Known
+		}
+		for typeURL, name := range map[string]string{controlpb.TypeSelf: "shop/cart-1", controlpb.TypeGrant: "eu-west.acme/shop/cart"} {
+			if _, state, err := client.Wait(ctx, typeURL, name); err != nil || state != want[typeURL] {
+				t.Errorf("%s, %s %s: %v, %v; want %v", client.Info().Name, typeURL, name, state, err, want[typeURL])
+			}
+		}
+	}
+	if _, subscribed, _ := c.discovery.Acked(controlpb.TypeSelf, "shop/cart-1"); subscribed != 1 {
+		t.Errorf("%d subscribers of one proxy's Self are counted", subscribed)
+	}
+}

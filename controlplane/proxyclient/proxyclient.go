@@ -81,7 +81,7 @@ type Change struct {
 
 // Status is how the client and its control plane get along.
 type Status struct {
-	Connected bool      // a discovery stream is open
+	Connected bool      // a discovery stream is open and was answered
 	Since     time.Time // of Connected
 	LastError error     // of the last stream or renewal that failed; nil after a success
 	Renewed   time.Time // last time an identity was obtained
@@ -128,6 +128,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	switch cfg.Role {
 	case Gateway:
 		c.SubscribeAll(controlpb.TypePeer)
+		c.Subscribe(controlpb.TypeBundle, c.info.TrustDomain.String())
 	case Sidecar:
 		c.SubscribeAll(controlpb.TypeBundle)
 	}

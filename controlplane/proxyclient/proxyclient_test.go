@@ -137,7 +137,7 @@ func TestRefusedVersionKeepsPrevious(t *testing.T) {
 	defer client.Watch(picky.apply)()
 	client.Subscribe(controlpb.TypeService, "shop/checkout", "shop/cart")
 	eventually(t, "first versions", func() bool { return revision(t, client, "shop/checkout") == 1 && revision(t, client, "shop/cart") == 1 })
-	eventually(t, "watchers told", func() bool { return len(picky.seen) == 2 })
+	eventually(t, "watchers told", func() bool { picky.mu.Lock(); defer picky.mu.Unlock(); return len(picky.seen) == 2 })
 	first.take()
 
 	must(t, c.discovery.Replace(controlpb.TypeService, map[string]proto.Message{
