@@ -149,14 +149,18 @@ func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key gr
 		s.locals.Await(wait)
 		cancel()
 	}
-	var last error = &pool.Failure{Neutral: true, Reason: federation.PeerUnreachable, Err: errors.New("no session to a gateway")}
+	last := &pool.Failure{Neutral: true, Reason: federation.PeerUnreachable, Err: errors.New("no session to a gateway")}
 	for _, session := range s.gatewaysFor(td) {
 		t.Via = session
 		c, err := s.dialer.Dial(ctx, t)
 		if err == nil {
 			return s.admit(c, t, handleKey(c.Handle, session))
 		}
-		last = s.failure(err, "", session.Gateway().Name)
+		f := s.failure(err, "", session.Gateway().Name)
+		if f.Cluster && f.Reason == federation.NoEndpoints && len(t.Avoid) > 0 {
+			f.Cluster, f.Neutral = false, true // there is none besides those that we did not want
+		}
+		last = f
 		if ctx.Err() != nil || !otherGateway(err) {
 			break
 		}

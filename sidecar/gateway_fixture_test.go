@@ -250,12 +250,16 @@ func (g *fakeGateway) inner(c net.Conn, r *bufio.Reader) {
 	g.opened++
 	st := g.refuse
 	var to farInstance
+	found := false
 	for range g.far {
 		g.turn++
-		to = g.far[g.turn%len(g.far)]
-		if !slices.Contains(p.Avoid, to.handle) {
+		if to = g.far[g.turn%len(g.far)]; !slices.Contains(p.Avoid, to.handle) {
+			found = true
 			break
 		}
+	}
+	if !found && st.Code == preface.CodeOK {
+		st = preface.Status{Code: preface.CodeNoHealthyInstance, Reason: "all_avoided"}
 	}
 	g.mu.Unlock()
 	if st.Code != preface.CodeOK {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/internal/preface"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/span"
 	"github.com/strait-mesh/strait/sidecar/inner"
@@ -273,11 +274,9 @@ func (c *call) open(ctx context.Context, cluster federation.ClusterName, force b
 			}
 			return nil, nil, last
 		}
-		want := pool.Want{Key: lease.Key, Avoid: g.Avoid(8)}
-		for _, t := range c.tried {
-			if t.Cluster == cluster && t.Instance != "" {
-				want.Avoid = append(want.Avoid, t.Instance)
-			}
+		want := pool.Want{Key: lease.Key}
+		if !force {
+			want.Avoid = c.avoidKeys(g, cluster)
 		}
 		ic, instance, err := c.s.dialInner(ctx, c.svc, key, want, alpn, trace.Traceparent())
 		if err == nil {
@@ -296,6 +295,17 @@ func (c *call) open(ctx context.Context, cluster federation.ClusterName, force b
 		c.tried = append(slices.Clip(c.tried), sidecarhttp.Tried{Cluster: cluster, Instance: f.Key})
 	}
 	return nil, nil, last
+}
+
+// avoidKeys names the instances that a dial should not lead to: those tried for this call first, then ejected ones.
+func (c *call) avoidKeys(g *pool.Group, cluster federation.ClusterName) []string {
+	var keys []string
+	for _, t := range c.tried {
+		if t.Cluster == cluster && t.Instance != "" {
+			keys = append(keys, t.Instance)
+		}
+	}
+	return append(keys, g.Avoid(preface.MaxAvoid)...)
 }
 
 // leg fills in what spans, metrics and the engine want to know.

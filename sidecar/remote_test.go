@@ -292,3 +292,22 @@ func TestHealthReachesTheGateway(t *testing.T) {
 	app.kill()
 	eventually(t, "one unhealthy", func() bool { return counts().GetUnhealthy() == 1 && counts().GetHealthy() == 0 })
 }
+
+// TestFewerInstancesThanHealthy: health counts instances, handles name sidecars. That there is no other sidecar says nothing
+// against the one there is.
+func TestFewerInstancesThanHealthy(t *testing.T) {
+	f := newRemote(t, http1, nil, newCluster(t, "us-east"), newHTTPApp(t, "eu-0").addr())
+	f.svc.Remote[0].Zones["a"].Healthy = 8
+	check(t, f.near.snap.Put(f.svc))
+	for range 50 {
+		if status, body := get(t, f.near.up(), "/"); status != 200 {
+			t.Fatalf("got %d %q", status, body)
+		}
+	}
+	if n := metricValue(t, f.near.reg, "strait_ejections_total", nil); n != 0 {
+		t.Errorf("%v ejections", n)
+	}
+	if n := f.gateway.count(); n > 3 {
+		t.Errorf("%d inner connections were asked for", n)
+	}
+}

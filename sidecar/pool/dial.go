@@ -14,14 +14,14 @@ import (
 const regrow = 10 * time.Second
 
 // dialLocked starts a dial to key (whole for a remote group) unless one is under way. Waiters share its result, and none of
-// them can cancel it for the others.
-func (g *Group) dialLocked(key string) *dial {
+// them can cancel it for the others. With avoid a remote dial asks for an instance that is neither pooled nor ejected.
+func (g *Group) dialLocked(key string, avoid bool) *dial {
 	if d := g.dials[key]; d != nil {
 		return d
 	}
 	d := &dial{done: make(chan struct{})}
 	w := Want{Key: key}
-	if g.cfg.Remote {
+	if g.cfg.Remote && avoid {
 		now := g.cfg.Now()
 		for k := range g.conns {
 			w.Avoid = append(w.Avoid, k)

@@ -249,11 +249,11 @@ func (g *Group) tryGet(avoid func(string) bool, force bool) (*Lease, *dial, erro
 	c := g.leastLocked(g.conns[e.Key])
 	if c != nil {
 		if c.inFlight >= g.cfg.Busy && len(g.conns[e.Key]) < maxConnsPerEndpoint {
-			g.dialLocked(e.Key)
+			g.dialLocked(e.Key, false)
 		}
 		return g.leaseLocked(now, c), nil, nil
 	}
-	return nil, g.dialLocked(e.Key), nil
+	return nil, g.dialLocked(e.Key, false), nil
 }
 
 func (g *Group) tryRemoteLocked(now time.Time, avoid func(string) bool, force bool) (*Lease, *dial, error) {
@@ -261,11 +261,10 @@ func (g *Group) tryRemoteLocked(now time.Time, avoid func(string) bool, force bo
 		return nil, nil, &Failure{Cluster: true, Reason: b.reason, Err: errors.New(b.why)}
 	}
 	var good, ejected []*pooled
-	n, avoided := 0, 0
+	n := 0
 	for key, conns := range g.conns {
 		n += len(conns)
 		if avoid != nil && avoid(key) {
-			avoided++
 			continue
 		}
 		c := g.leastLocked(conns)
@@ -278,19 +277,18 @@ func (g *Group) tryRemoteLocked(now time.Time, avoid func(string) bool, force bo
 		}
 	}
 	if n < g.target && len(good) > 0 && !now.Before(g.growAfter) {
-		g.dialLocked(whole)
-	}
-	if len(good) == 0 && !now.Before(g.growAfter) {
-		return nil, g.dialLocked(whole), nil
+		g.dialLocked(whole, true)
 	}
 	if len(good) == 0 && force {
-		good = ejected
+		if good = ejected; len(good) == 0 {
+			return nil, g.dialLocked(whole, false), nil
+		}
 	}
 	if len(good) == 0 {
-		if n == 0 || force && avoided == 0 {
-			return nil, g.dialLocked(whole), nil
+		if n == 0 || !now.Before(g.growAfter) {
+			return nil, g.dialLocked(whole, true), nil
 		}
-		return nil, nil, ErrNone
+		return nil, nil, ErrNone // what is there is not wanted, and there was nothing else a moment ago
 	}
 	a := good[rand.IntN(len(good))]
 	if len(good) > 1 {
