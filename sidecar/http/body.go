@@ -116,14 +116,20 @@ func (b *keptBody) stop() {
 	b.cond.Broadcast()
 	pump, over := b.pump, b.err != nil
 	b.mu.Unlock()
-	if pump == nil {
-		return
+	if b.deadline != nil && !over {
+		at := time.Now().Add(discardTime) // net/http reads on to see the connection's next request
+		if pump != nil {
+			at = time.Unix(1, 0)
+		}
+		_ = b.deadline(at) // not supported: the read ends when its connection does
 	}
-	if !over && b.deadline != nil {
-		_ = b.deadline(time.Unix(1, 0)) // not supported: the read ends when its connection does
+	if pump != nil {
+		<-pump
 	}
-	<-pump
 }
+
+// discardTime is how long what is left of an unread body may take to arrive.
+const discardTime = time.Second
 
 // run reads the source whenever a reader wants more.
 func (b *keptBody) run() {
@@ -144,13 +150,11 @@ func (b *keptBody) run() {
 			_ = b.deadline(time.Now().Add(b.stall))
 		}
 		n, err := b.src.Read(chunk)
-		if err != nil {
+		if err == io.EOF {
 			if b.stall > 0 && b.deadline != nil {
 				_ = b.deadline(time.Time{}) // what watches the connection for its end must not run into it
 			}
-			if err == io.EOF {
-				b.atEOF()
-			}
+			b.atEOF()
 		}
 		b.add(chunk[:n], err)
 		if err != nil {

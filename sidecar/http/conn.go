@@ -141,7 +141,7 @@ func (c *Conn) RoundTrip(r *nethttp.Request) (*nethttp.Response, error) {
 	r.URL = &u
 	resp, err := c.send.RoundTrip(r)
 	if err != nil {
-		c.active.Add(-1)
+		c.finished()
 		return nil, mark.classify(err)
 	}
 	resp.Body = c.counted(resp.Body)
@@ -150,11 +150,18 @@ func (c *Conn) RoundTrip(r *nethttp.Request) (*nethttp.Response, error) {
 
 // counted makes the end of a response's body the end of its request. What a 101 response switched to stays writable.
 func (c *Conn) counted(body io.ReadCloser) io.ReadCloser {
-	done := sync.OnceFunc(func() { c.active.Add(-1) })
+	done := sync.OnceFunc(c.finished)
 	if rw, ok := body.(io.ReadWriteCloser); ok {
 		return &switchedBody{ReadWriteCloser: rw, conn: c.watched, done: done}
 	}
 	return &countedBody{body, done}
+}
+
+// finished ends one request; an HTTP/1.1 connection that is retired has no other.
+func (c *Conn) finished() {
+	if c.active.Add(-1) == 0 && c.h2 == nil && c.retired.Load() {
+		c.watched.Close()
+	}
 }
 
 type countedBody struct {

@@ -11,11 +11,13 @@ import (
 	nethttp "net/http"
 	"net/http/httptrace"
 	"net/textproto"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/span"
 )
 
@@ -30,6 +32,8 @@ type exchange struct {
 	grpc   bool
 	body   *keptBody    // nil: no body
 	span   *span.Active // SERVER span
+	now    func() time.Time
+	start  time.Time
 
 	head     sync.Mutex // orders informational responses before the final one
 	answered bool
@@ -49,8 +53,8 @@ type exchange struct {
 	refusal    *Refusal // generated response
 }
 
-func newExchange(c *served, w nethttp.ResponseWriter, r *nethttp.Request, proxy string) *exchange {
-	x := &exchange{conn: c, limits: &c.server.limits, proxy: proxy, w: w, r: r, rc: nethttp.NewResponseController(w), grpc: isGRPC(r.Header), grpcStatus: -1}
+func newExchange(c *served, w nethttp.ResponseWriter, r *nethttp.Request, proxy string, now func() time.Time) *exchange {
+	x := &exchange{now: now, start: now(), conn: c, limits: &c.server.limits, proxy: proxy, w: w, r: r, rc: nethttp.NewResponseController(w), grpc: isGRPC(r.Header), grpcStatus: -1}
 	if r.ProtoMajor == 1 {
 		_ = x.rc.EnableFullDuplex() // always supported by net/http's HTTP/1 server
 	}
@@ -84,6 +88,32 @@ func (x *exchange) fillTrailer() {
 	for name := range x.trailer {
 		x.trailer[name] = x.r.Trailer[name]
 	}
+}
+
+// stalled reports whether the client's body made no progress for too long.
+func (x *exchange) stalled() bool { return errors.Is(x.body.broken(), os.ErrDeadlineExceeded) }
+
+// gone reports whether the client has gone away; net/http says the same of a body that stalled.
+func (x *exchange) gone() bool { return x.r.Context().Err() != nil && !x.stalled() }
+
+// badBody is the answer to a request whose body did not arrive.
+func (x *exchange) badBody() *Refusal {
+	status := nethttp.StatusBadRequest
+	if x.stalled() {
+		status = nethttp.StatusRequestTimeout
+	}
+	return &Refusal{Code: problem.RequestRefused, Status: status, Message: "the request's body did not arrive whole", Err: x.body.broken()}
+}
+
+// overdue reports whether the deadline that a gRPC caller set has passed. Servers reset the stream then, without a
+// status; it must not look like a connection that broke.
+func (x *exchange) overdue() bool {
+	values := x.r.Header["Grpc-Timeout"]
+	if !x.grpc || len(values) != 1 {
+		return false
+	}
+	d, ok := parseGRPCTimeout(values[0])
+	return ok && x.now().Sub(x.start) >= d
 }
 
 // protocol is the label of the client's protocol.
@@ -223,7 +253,11 @@ func (x *exchange) deliver(resp *nethttp.Response, spare ...string) error {
 				return err
 			}
 		}
-		if err := x.copy(resp); err != nil {
+		if err := x.copy(resp); errors.Is(err, errCallee) && x.overdue() {
+			x.grpcStatus = grpcDeadlineExceeded
+			h[nethttp.TrailerPrefix+"Grpc-Status"] = []string{strconv.Itoa(grpcDeadlineExceeded)}
+			return nil
+		} else if err != nil {
 			return err
 		}
 	} else if resp.Body != nil {

@@ -181,13 +181,12 @@ type inCall struct {
 	i        *Inbound
 	peer     spiffeid.ID
 	path     string
-	start    time.Time
 	instance string
 	app      net.Conn // the connection used, for upgrades
 }
 
 func (i *Inbound) handle(c *served, w nethttp.ResponseWriter, r *nethttp.Request) {
-	call := &inCall{exchange: newExchange(c, w, r, i.cfg.Name), i: i, peer: c.peer, start: i.cfg.Now()}
+	call := &inCall{exchange: newExchange(c, w, r, i.cfg.Name, i.cfg.Now), i: i, peer: c.peer}
 	parent, _ := span.Extract(r.Header)
 	call.span = i.cfg.Recorder.StartAt(parent, methodLabel(r.Method)+" "+i.cfg.Service.Name, span.Server, call.start)
 	call.span.SetHop(parent.Hop+1, string(i.cfg.Self.Cluster))
@@ -257,7 +256,7 @@ func (call *inCall) run() {
 		}
 		last = "connect: no instance accepts connections"
 	}
-	if call.r.Context().Err() != nil {
+	if call.gone() {
 		call.clientGone, call.broken = true, errClient
 		return
 	}
@@ -299,11 +298,11 @@ func (call *inCall) try(in *Instance, upgrade string) bool {
 			out.Result, out.Err, out.Reason = Broken, err, federation.UpstreamReset
 		}
 		resp.Body.Close()
-	case call.r.Context().Err() != nil:
+	case call.gone():
 		out.Result, call.clientGone, call.broken = Cancelled, true, errClient
 	case call.body.broken() != nil:
 		out.Result = Cancelled
-		call.refuse(&Refusal{Code: problem.RequestRefused, Status: nethttp.StatusBadRequest, Message: "the request's body did not arrive whole"})
+		call.refuse(call.badBody())
 		call.clientGone = true
 	case errors.Is(err, errDial):
 		out.Result, out.Reason = Unsent, federation.NoEndpoints
@@ -311,6 +310,9 @@ func (call *inCall) try(in *Instance, upgrade string) bool {
 	case mark.unseen():
 		out.Result, out.Reason = Unsent, federation.NoEndpoints
 		call.refuseUnseen(federation.NoEndpoints, "the application refused the request unseen")
+	case call.overdue():
+		out.Result, out.Reason = TimedOut, federation.DeadlineExceeded
+		call.refuse(&Refusal{Reason: federation.DeadlineExceeded, Code: problem.DeadlineExceeded, Message: i.cfg.Service.String() + " did not answer in time", Err: err})
 	default:
 		out.Result, out.Reason = Broken, federation.UpstreamReset
 		i.cfg.Logger.Debug("application broke a request", "service", i.cfg.Service.String(), "instance", in.Name, "error", err)

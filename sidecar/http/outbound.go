@@ -92,13 +92,12 @@ type outCall struct {
 	ctx   context.Context
 	meta  Meta
 	path  string
-	start time.Time
 	tries int // attempts begun
 	last  *attempt
 }
 
 func (o *Outbound) handle(c *served, w nethttp.ResponseWriter, r *nethttp.Request) {
-	call := &outCall{exchange: newExchange(c, w, r, o.cfg.Name), o: o, start: o.cfg.Now()}
+	call := &outCall{exchange: newExchange(c, w, r, o.cfg.Name, o.cfg.Now), o: o}
 	parent, _ := span.Extract(r.Header)
 	call.span = o.cfg.Recorder.StartAt(parent, methodLabel(r.Method), span.Server, call.start)
 	call.span.SetHop(parent.Hop+1, string(o.cfg.Self.Cluster))
@@ -142,7 +141,7 @@ func (call *outCall) run(parent span.Context) {
 
 	a, refusal := call.attempts(parent)
 	if refusal != nil {
-		if call.r.Context().Err() != nil {
+		if call.gone() {
 			call.clientGone = true
 			call.broken = errClient
 			return

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	nethttp "net/http"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -51,7 +50,7 @@ func (call *outCall) attempts(parent span.Context) (*attempt, *Refusal) {
 	var held *attempt // an application's own 502, 503 or 504: its answer if nothing better comes
 	var last verdict
 	giveUp := func(refusal *Refusal) (*attempt, *Refusal) {
-		if held != nil && call.r.Context().Err() == nil {
+		if held != nil && !call.gone() {
 			return held, nil
 		}
 		if held != nil {
@@ -146,6 +145,9 @@ func (a *attempt) send() verdict {
 		if err == nil {
 			err = errors.New("no connection")
 		}
+		if call.ctx.Err() != nil {
+			return a.judgeError(err) // it was ours to end, not a way that does not work
+		}
 		return verdict{safe: true, result: Unsent, reason: legReason(err), err: err}
 	}
 	var ctx context.Context
@@ -183,11 +185,11 @@ func (a *attempt) send() verdict {
 func (a *attempt) judgeError(err error) verdict {
 	call := a.call
 	switch {
-	case call.r.Context().Err() != nil:
+	case call.gone():
 		return verdict{result: Cancelled, err: err}
 	case call.body.broken() != nil:
 		return verdict{result: Cancelled, err: fmt.Errorf("request body: %w", call.body.broken())}
-	case call.ctx.Err() != nil:
+	case call.ctx.Err() != nil, call.overdue():
 		return verdict{result: TimedOut, reason: federation.DeadlineExceeded, err: err}
 	case errors.Is(err, errUnsent):
 		return verdict{safe: true, result: Unsent, reason: federation.UpstreamReset, err: err}
@@ -288,7 +290,9 @@ func (a *attempt) discard() {
 func (call *outCall) nothingLeft(err error, last verdict, tried int) *Refusal {
 	var refusal *Refusal
 	switch {
-	case call.ctx.Err() != nil && call.r.Context().Err() == nil:
+	case call.body.broken() != nil:
+		return call.badBody()
+	case call.ctx.Err() != nil && !call.gone():
 		return call.failure(verdict{result: TimedOut})
 	case tried > 0 && last.result == Broken:
 		return call.failure(last)
@@ -316,11 +320,7 @@ func (call *outCall) failure(v verdict) *Refusal {
 		return &Refusal{Reason: v.reason, Code: problem.NoEndpoints, Status: nethttp.StatusServiceUnavailable,
 			Message: fmt.Sprintf("%s: %s%s", where, v.cause(), attempts), Err: v.err}
 	case Cancelled:
-		status := nethttp.StatusBadRequest
-		if call.body.broken() != nil && errors.Is(call.body.broken(), os.ErrDeadlineExceeded) {
-			status = nethttp.StatusRequestTimeout
-		}
-		return &Refusal{Code: problem.RequestRefused, Status: status, Message: "the request's body did not arrive whole", Err: v.err}
+		return call.badBody()
 	}
 	return &Refusal{Reason: federation.UpstreamReset, Code: problem.UpstreamReset, Status: nethttp.StatusBadGateway,
 		Message: where + ": the connection broke before a response" + attempts, Err: v.err}

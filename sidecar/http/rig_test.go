@@ -254,6 +254,8 @@ type rig struct {
 	metrics  *metric.Registry
 	cancel   context.CancelFunc // ends the context of outbound connections
 
+	inboundAddress string
+
 	mu     sync.Mutex
 	allow  func(http.Call) *http.Refusal
 	app    []http.Outcome // of the inbound's instances
@@ -357,6 +359,7 @@ func (r *rig) callee(o rigOptions, requests *metric.Requests) *place {
 		}
 		in.ServeConn(context.Background(), secured, callerID)
 	}, func() { in.Close() })
+	r.inboundAddress = address
 	return &place{cluster: "eu-west", instance: "a1", dial: dialTLS(address)}
 }
 

@@ -104,7 +104,7 @@ func (s *server) serve(ctx context.Context, raw net.Conn, proto string, peer spi
 	if c.proto == ProtoH2 {
 		c.serveH2(h)
 	} else {
-		_ = h.Serve(&oneListener{conn: c}) // its error is that the connection has ended
+		_ = h.Serve(&oneListener{conn: c, closed: make(chan struct{})}) // its error is that there is nothing more to accept
 		<-c.over
 	}
 	c.Close()
@@ -174,8 +174,8 @@ func reset(c net.Conn) {
 
 // peek decides between HTTP/1.1 and HTTP/2 by the first bytes. It reports false when there is nothing to serve.
 func (c *served) peek(ctx context.Context) bool {
-	stop := context.AfterFunc(ctx, func() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) })
 	_ = c.raw.SetReadDeadline(time.Now().Add(c.server.limits.HeaderTimeout))
+	stop := context.AfterFunc(ctx, func() { _ = c.raw.SetReadDeadline(time.Unix(1, 0)) })
 	var head [len(http2.ClientPreface)]byte
 	n := 0
 	for n < len(head) && string(head[:n]) == http2.ClientPreface[:n] {
@@ -257,11 +257,12 @@ func (c *served) drain(h *nethttp.Server) {
 	}
 }
 
-// oneListener accepts its one connection and then waits for its end.
+// oneListener accepts its one connection and then waits for its end, or for the server to stop accepting.
 type oneListener struct {
-	conn *served
-	once sync.Once
-	got  bool
+	conn   *served
+	got    bool
+	once   sync.Once
+	closed chan struct{}
 }
 
 func (l *oneListener) Accept() (net.Conn, error) {
@@ -269,11 +270,18 @@ func (l *oneListener) Accept() (net.Conn, error) {
 		l.got = true
 		return l.conn, nil
 	}
-	<-l.conn.over
+	select {
+	case <-l.conn.over:
+	case <-l.closed:
+	}
 	return nil, net.ErrClosed
 }
 
-func (l *oneListener) Close() error   { return nil }
+func (l *oneListener) Close() error {
+	l.once.Do(func() { close(l.closed) })
+	return nil
+}
+
 func (l *oneListener) Addr() net.Addr { return l.conn.LocalAddr() }
 
 // drainBody reads a little of a body that nobody wants, so that its connection can be used again, and closes it.
