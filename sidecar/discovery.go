@@ -50,6 +50,7 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 				return err
 			}
 		}
+		s.learnPeers(m)
 		s.services.told(name, m)
 	case controlpb.TypeGateway:
 		m, _ := c.Message.(*controlpb.Gateway)
@@ -77,6 +78,19 @@ func checkService(name federation.ServiceName, m *controlpb.Service) error {
 	// The cluster's own name is not needed to judge the rest: no peer may have the reserved one.
 	_, err := wire.InputsFromService(m, "", federation.OwnCluster, federation.Locality{})
 	return err
+}
+
+// learnPeers keeps the names of clusters by trust domain, for metrics and spans. It is called by one goroutine at a time.
+func (s *Sidecar) learnPeers(m *controlpb.Service) {
+	have := *s.peers.Load()
+	for _, r := range m.GetRemote() {
+		if have[r.GetTrustDomain()] != r.GetCluster() {
+			next := maps.Clone(have)
+			next[r.GetTrustDomain()] = r.GetCluster()
+			s.peers.Store(&next)
+			have = next
+		}
+	}
 }
 
 // applySelf takes what this sidecar is. Its absence means that it answers for nothing any more.
@@ -284,14 +298,8 @@ func (s *Sidecar) peerCluster(id spiffeid.ID) string {
 	if p := s.place.Load(); p != nil && td == p.trust {
 		return p.cluster.String()
 	}
-	for _, svc := range s.services.list() {
-		if r := svc.res.Load(); r != nil {
-			for _, remote := range r.svc.GetRemote() {
-				if remote.GetTrustDomain() == td.String() {
-					return remote.GetCluster()
-				}
-			}
-		}
+	if c, ok := (*s.peers.Load())[td.String()]; ok {
+		return c
 	}
 	return td.String()
 }

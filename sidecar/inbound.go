@@ -191,6 +191,11 @@ func (in *inbound) count(p *port, id spiffeid.ID, v access.Verdict) {
 	switch {
 	case v.Audited:
 		action = "audit_deny"
+		// callers make these lines: one a second is enough, the counter has them all
+		now := in.s.cfg.Now().UnixNano()
+		if last := in.s.audited.Load(); now-last < int64(time.Second) || !in.s.audited.CompareAndSwap(last, now) {
+			break
+		}
 		in.s.log.Info("access would be denied", "caller", id, "service", p.service, "port", p.name, "policy", v.Policy)
 	case !v.Allowed:
 		action = "deny"
@@ -217,7 +222,11 @@ func instanceOutcome(o sidecarhttp.Outcome) health.Outcome {
 		}
 		return health.Succeeded
 	case sidecarhttp.Unsent:
-		return health.NotReached
+		var op *net.OpError
+		if errors.As(o.Err, &op) && op.Op == "dial" || health.Definite(o.Err) {
+			return health.NotReached
+		}
+		return health.ServerError // a kept connection that had ended says less
 	case sidecarhttp.Broken, sidecarhttp.TimedOut:
 		return health.ServerError
 	}
@@ -256,6 +265,9 @@ func (in *inbound) serve(raw net.Conn) {
 	}
 	subject := withdrawal.Subject{
 		Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: p.sni, Class: withdrawal.Inbound, NotAfter: peer.NotAfter,
+	}
+	if own := in.s.source.Identity(); own != nil && own.NotAfter.Before(subject.NotAfter) {
+		subject.NotAfter = own.NotAfter // neither end outlives what it has proven
 	}
 	remove := in.s.ledger.enter(subject, peer, end)
 	defer remove()

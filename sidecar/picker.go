@@ -376,12 +376,12 @@ func outcome(o sidecarhttp.Outcome) pool.Outcome {
 			return pool.NoInstance
 		}
 		return pool.Neutral
-	case sidecarhttp.Unsent, sidecarhttp.Broken:
+	case sidecarhttp.Broken:
 		return pool.Reset
 	case sidecarhttp.TimedOut:
 		return pool.ServerError
 	}
-	return pool.Neutral
+	return pool.Neutral // Unsent, too: the connection was on its way out, and making another one tells more
 }
 
 // refuse says why nothing is left.

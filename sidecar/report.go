@@ -109,7 +109,7 @@ func (r *reporter) run(ctx context.Context) {
 		case <-t.C:
 		}
 		t.Stop()
-		backoff = min(2*backoff, 10*time.Second)
+		backoff = min(2*backoff, 5*time.Second)
 	}
 }
 

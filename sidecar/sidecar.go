@@ -49,6 +49,8 @@ type Sidecar struct {
 	selfReady chan struct{}
 	denied    atomic.Pointer[map[spiffeid.ID]string]
 	gateways  atomic.Pointer[map[string]local.Gateway]
+	peers     atomic.Pointer[map[string]string] // cluster by trust domain
+	audited   atomic.Int64                      // when an audited denial was last logged, Unix nanoseconds
 	draining  atomic.Bool
 	turn      atomic.Uint64
 	advertise string
@@ -89,6 +91,7 @@ func New(cfg Config) (*Sidecar, error) {
 	}
 	s.denied.Store(&map[spiffeid.ID]string{})
 	s.gateways.Store(&map[string]local.Gateway{})
+	s.peers.Store(&map[string]string{})
 	s.connCtx, s.cutConns = context.WithCancel(context.Background())
 	s.graceCtx, s.endGently = context.WithCancel(s.connCtx)
 	s.ledger = newLedger(s.source, cfg.Now)
