@@ -75,12 +75,12 @@ func (s *Server) deltaUnsubscribeLocked(t *typeIndex, st *stream, ts *typeState,
 	}
 	delete(ts.names, name)
 	e := t.entries[name]
-	if !ts.wildcard || e == nil || e.resource == nil {
+	if !ts.wildcard || e == nil {
 		delete(ts.dirty, name)
 		s.unsubscribeLocked(t, st, name)
 		return
 	}
-	e.subscribers[st].told = false // still covered by the wildcard: sent once more, as the protocol asks
+	e.subscribers[st].told = false // still covered by the wildcard: said once more, as the protocol asks
 	ts.dirty[name] = struct{}{}
 }
 
@@ -120,9 +120,9 @@ func (s *Server) deltaTypeLocked(st *stream, t *typeIndex, ts *typeState) *contr
 			continue
 		}
 		_, byName := ts.names[name]
-		if res == nil && !sub.told && !byName {
+		if res == nil && sub.sent == "" && !byName {
 			if e.resource == nil {
-				s.unsubscribeLocked(t, st, name) // came and went before it was sent
+				s.unsubscribeLocked(t, st, name) // the wildcard's subscriber never had it, or knows that it is gone
 			}
 			continue
 		}
