@@ -19,7 +19,9 @@ import (
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
-func serial(c *proxyclient.Client) string { return c.Source().Identity().Chain[0].SerialNumber.String() }
+func serial(c *proxyclient.Client) string {
+	return c.Source().Identity().Chain[0].SerialNumber.String()
+}
 
 func TestRenewal(t *testing.T) {
 	c := newCluster(t)
