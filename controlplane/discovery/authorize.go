@@ -49,3 +49,20 @@ func RoleAuthorize(self spiffeid.TrustDomain, selfID func(name string) (spiffeid
 		return fmt.Errorf("a workload may not see %s", typeURL)
 	}
 }
+
+// RoleVerifyNode is the policy for the node IDs of Strait's own proxies, as Config.VerifyNode: a gateway's is its name, a
+// sidecar's the name of a proxy of its namespace that is nobody else's. A proxy that is not known (yet) may be anybody's of
+// that namespace: what it sees is Authorize's to judge.
+func RoleVerifyNode(selfID func(name string) (spiffeid.ID, bool)) func(context.Context, spiffeid.ID, *controlpb.Node) error {
+	return func(_ context.Context, peer spiffeid.ID, node *controlpb.Node) error {
+		if name, ok := peer.Gateway(); ok && name == node.GetId() {
+			return nil
+		}
+		if namespace, _, ok := peer.Workload(); ok && strings.HasPrefix(node.GetId(), namespace+"/") {
+			if owner, known := selfID(node.GetId()); !known || owner == peer {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s is not node %.100q", peer, node.GetId())
+	}
+}
