@@ -183,15 +183,8 @@ func (j *joinRun) token(text string, sameness []string) error {
 		return problem.New(problem.TokenScope, "the token is for the cluster %s; this one is %s", tok.AllowedCluster, m.cfg.Cluster).WithState(unchanged)
 	}
 	now := m.now()
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	p := m.peers[tok.TrustDomain]
-	resume := p != nil && p.rec.Role == roleJoiner && p.rec.TokenID == tok.ID
-	if !resume && !now.Before(tok.Expires) {
-		return problem.New(problem.TokenExpired, "the token expired %s ago", join.Short(now.Sub(tok.Expires))).
-			WithFix("on %s:  strait token issue --cluster %s", tok.Cluster, m.cfg.Cluster).WithState(unchanged)
-	}
-	if err := m.nameFreeLocked(tok.TrustDomain, tok.Cluster, tok.BundleHash, now); err != nil {
+	resume, err := m.tokenKnown(tok, now)
+	if err != nil {
 		return err
 	}
 	life := "expires in " + join.Short(tok.Expires.Sub(now))
@@ -200,6 +193,19 @@ func (j *joinRun) token(text string, sameness []string) error {
 	}
 	j.ok(stageReach, "federation %s, issued by %s %s ago, single use, %s", tok.Federation, tok.Cluster, join.Short(now.Sub(tok.Issued)), life)
 	return nil
+}
+
+// tokenKnown judges a token by what is known here and reports whether a join with it is being resumed.
+func (m *Manager) tokenKnown(tok *join.Token, now time.Time) (resume bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	p := m.peers[tok.TrustDomain]
+	resume = p != nil && p.rec.Role == roleJoiner && p.rec.TokenID == tok.ID
+	if !resume && !now.Before(tok.Expires) {
+		return false, problem.New(problem.TokenExpired, "the token expired %s ago", join.Short(now.Sub(tok.Expires))).
+			WithFix("on %s:  strait token issue --cluster %s", tok.Cluster, m.cfg.Cluster).WithState("nothing was changed on either side")
+	}
+	return resume, m.nameFreeLocked(tok.TrustDomain, tok.Cluster, tok.BundleHash, now)
 }
 
 // reach opens a conversation through one of our gateways.

@@ -211,21 +211,29 @@ func (m *Manager) Leave(ctx context.Context, progress func(*controlpb.JoinProgre
 		p.Detail = strings.TrimPrefix(p.Detail+"; not confirmed: "+strings.Join(silent, ", "), "; ")
 	}
 	progress(p)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for td, p := range m.peers {
-		if p.rec.State == StateEvicted {
-			continue // its name stays reserved
-		}
-		if err := m.removeLocked(td); err != nil {
-			return err
-		}
+	if err := m.dropAll(); err != nil {
+		return err
 	}
 	progress(&controlpb.JoinProgress{
 		Stage: "drop", State: "ok", Title: "trust dropped", Detail: fmt.Sprintf("%s trusts only itself", m.cfg.Cluster),
 		Done: true, ElapsedSeconds: m.now().Sub(began).Seconds(),
 	})
 	m.log.Info("left the federation", "told", told, "not_confirmed", silent)
+	return nil
+}
+
+// dropAll forgets every peer but the evicted ones, whose names stay reserved.
+func (m *Manager) dropAll() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for td, p := range m.peers {
+		if p.rec.State == StateEvicted {
+			continue
+		}
+		if err := m.removeLocked(td); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
