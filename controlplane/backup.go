@@ -118,7 +118,7 @@ type Restored struct {
 }
 
 // Restore unpacks a backup into a new data directory. Nothing is left behind when it fails.
-func Restore(ctx context.Context, r io.Reader, target string) (*Restored, error) {
+func Restore(r io.Reader, target string) (*Restored, error) {
 	target, err := filepath.Abs(target)
 	if err != nil {
 		return nil, err
@@ -140,7 +140,7 @@ func Restore(ctx context.Context, r io.Reader, target string) (*Restored, error)
 			WithWhy("the file is truncated, damaged or something else").WithFix("use a file that strait backup wrote").Wrap(err)
 	}
 	snapshot := filepath.Join(tmp, storeSnapshot)
-	if err := configapi.Restore(ctx, snapshot, filepath.Join(tmp, "store")); err != nil {
+	if err := configapi.Restore(snapshot, filepath.Join(tmp, "store"), nil); err != nil {
 		return nil, problem.New(problem.StateCorrupt, "the store's snapshot: %v", err).WithState("nothing was written.").Wrap(err)
 	}
 	if err := os.Remove(snapshot); err != nil {

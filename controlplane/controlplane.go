@@ -263,7 +263,7 @@ func (c *ControlPlane) startAPI(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("configuration API: %w", err)
 	}
-	c.addrs.API = c.api.Addr()
+	c.addrs.API = c.api.Addr().String()
 	c.objects, err = objects.Open(ctx, objects.Config{REST: c.api.RESTConfig(), Logger: c.log})
 	if err != nil {
 		return errors.Join(fmt.Errorf("configuration API: %w", err), c.api.Close())

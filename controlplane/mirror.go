@@ -74,6 +74,19 @@ func (p peerObjects) Delete(ctx context.Context, cluster federation.ClusterName)
 	return p.c.objects.Delete(ctx, api.Ref{Kind: "Peer", Name: cluster.String()})
 }
 
+func (p peerObjects) List(context.Context) ([]federation.ClusterName, error) {
+	if p.c.objects == nil {
+		return nil, problem.New(problem.NoControlPlane, "the configuration API is not ready")
+	}
+	var out []federation.ClusterName
+	for _, o := range p.c.objects.Snapshot().Peers {
+		if name, err := federation.ParseClusterName(o.Name); err == nil {
+			out = append(out, name)
+		}
+	}
+	return out, nil
+}
+
 func (c *ControlPlane) peerObject(cluster federation.ClusterName) *api.Peer {
 	for _, p := range c.objects.Snapshot().Peers {
 		if p.Name == cluster.String() {

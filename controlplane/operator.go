@@ -41,7 +41,7 @@ func (o *operator) Status(ctx context.Context, _ *controlpb.StatusRequest) (*con
 	view := c.federate.View()
 	r := &controlpb.StatusResponse{
 		Federation: c.facts.Federation, Cluster: c.facts.Cluster, Region: c.facts.Region, TrustDomain: c.facts.TrustDomain,
-		Version: version.String(), Members: members(view), Services: o.services(""), Revision: c.revision.Load(),
+		Version: version.String(), Members: members(view, c.now()), Services: o.services(""), Revision: c.revision.Load(),
 		Certificates: c.certificates(),
 	}
 	for _, g := range view.Gateways {
@@ -67,8 +67,8 @@ func (o *operator) Status(ctx context.Context, _ *controlpb.StatusRequest) (*con
 }
 
 // members lists the federation, and says unreachable where no tunnel is up: broken things keep their row.
-func members(view *federate.View) []*controlpb.Member {
-	list := view.Members()
+func members(view *federate.View, now time.Time) []*controlpb.Member {
+	list := view.Members(now)
 	for _, m := range list {
 		if m.State != string(federate.StateReady) {
 			continue
@@ -161,7 +161,7 @@ func withTimeout(ctx context.Context, ms int64) (context.Context, context.Cancel
 
 // MemberList implements controlpb.OperatorServer.
 func (o *operator) MemberList(context.Context, *controlpb.MemberListRequest) (*controlpb.MemberListResponse, error) {
-	return &controlpb.MemberListResponse{Members: members(o.c.federate.View())}, nil
+	return &controlpb.MemberListResponse{Members: members(o.c.federate.View(), o.c.now())}, nil
 }
 
 // MemberApprove implements controlpb.OperatorServer.
@@ -348,7 +348,7 @@ func (o *operator) probe(ctx context.Context, peer *federate.Peer, seq uint32) *
 		r.ErrorCode, r.ErrorMessage = string(p.Code), p.Error()
 		return r
 	}
-	r.RttSeconds, r.Transport, r.Gateway, r.EndToEnd = reply.Elapsed, reply.Transport, reply.Gateway, true
+	r.RttSeconds, r.Transport, r.Gateway, r.EndToEnd = reply.Elapsed.Seconds(), reply.Transport, reply.Gateway, true
 	if now := o.c.federate.View().Peer(peer.TrustDomain); now != nil {
 		for _, t := range now.Tunnels {
 			if t.Gateway == reply.Gateway && t.State == "up" {

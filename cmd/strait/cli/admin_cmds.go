@@ -115,7 +115,7 @@ func backupRun(ctx context.Context, e *env, out string) error {
 	return nil
 }
 
-func restoreRun(ctx context.Context, e *env, name string) error {
+func restoreRun(e *env, name string) error {
 	r := e.in
 	if name != "-" {
 		f, err := os.Open(name)
@@ -129,7 +129,7 @@ func restoreRun(ctx context.Context, e *env, name string) error {
 	if dir == "" {
 		dir = e.defaultDataDir()
 	}
-	got, err := controlplane.Restore(ctx, r, dir)
+	got, err := controlplane.Restore(r, dir)
 	if err != nil {
 		return err
 	}

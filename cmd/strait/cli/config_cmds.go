@@ -368,7 +368,7 @@ func newBackupCmd(e *env) *cobra.Command {
 func newRestoreCmd(e *env) *cobra.Command {
 	return &cobra.Command{Use: "restore FILE", Short: "Restore a backup into an empty data directory", Args: cobra.ExactArgs(1),
 		Example: "  strait restore us-east.backup --data-dir /var/lib/strait\n  strait restore - --data-dir ./us-east < us-east.backup",
-		RunE:    func(cmd *cobra.Command, args []string) error { return restoreRun(cmd.Context(), e, args[0]) }}
+		RunE:    func(_ *cobra.Command, args []string) error { return restoreRun(e, args[0]) }}
 }
 
 func newAccessCmd(e *env) *cobra.Command {
