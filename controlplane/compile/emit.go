@@ -228,7 +228,7 @@ func coarse(d time.Duration) time.Duration {
 	if d <= 0 {
 		return 0
 	}
-	step := max(time.Millisecond, time.Duration(1)<<bits.Len64(uint64(d))/8)
+	step := max(time.Millisecond, (time.Duration(1) << bits.Len64(uint64(d)) / 8).Truncate(time.Millisecond))
 	return max(step, d.Round(step))
 }
 

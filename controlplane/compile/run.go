@@ -150,6 +150,10 @@ func (r *run) indexPeers() {
 		return cmp.Or(cmp.Compare(a.TrustDomain.String(), b.TrustDomain.String()), cmp.Compare(a.Cluster, b.Cluster))
 	})
 	domains := map[spiffeid.TrustDomain]bool{r.in.Self.TrustDomain: true}
+	claims := map[federation.ClusterName]int{}
+	for _, p := range sorted {
+		claims[p.Cluster]++
+	}
 	for _, p := range sorted {
 		switch {
 		case p.TrustDomain.IsZero() || p.Cluster.IsZero():
@@ -158,7 +162,8 @@ func (r *run) indexPeers() {
 		case domains[p.TrustDomain]:
 			r.problem("peer %s claims the trust domain %s, which is taken", p.Cluster, p.TrustDomain)
 			continue
-		case p.Cluster == r.in.Self.Cluster || r.byCluster[p.Cluster] != nil:
+		case p.Cluster == r.in.Self.Cluster, claims[p.Cluster] > 1 && !owns(objects[string(p.Cluster)], p.TrustDomain):
+			// of several, the one that the Peer object names; without it, none
 			r.problem("the peer of trust domain %s claims the cluster name %s, which is taken", p.TrustDomain, p.Cluster)
 			continue
 		}
@@ -182,6 +187,10 @@ func (r *run) indexPeers() {
 		r.peers = append(r.peers, m)
 	}
 	slices.SortFunc(r.peers, func(a, b *peer) int { return cmp.Compare(a.Cluster, b.Cluster) })
+}
+
+func owns(o *api.Peer, td spiffeid.TrustDomain) bool {
+	return o != nil && o.Spec.TrustDomain == td.String()
 }
 
 // indexProxies finds the sidecars, and the workloads that each may stand for.

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Package objects keeps the whole configuration in memory, as one immutable snapshot that informers follow, and writes what
-// the control plane itself has to say into it: its own objects by server-side apply, and conditions.
+// Package objects reads the configuration through any Kubernetes API and keeps it as one immutable snapshot of typed values.
 //
-// A Store's methods may be called concurrently. Bursts of changes become one new snapshot.
+// Open lists and watches every kind of controlplane/api. Objects returns the newest snapshot and never blocks; Changed says that
+// there is a newer one. Bursts are gathered: a snapshot is made after a short quiet, and at the latest after a bounded delay.
+// Objects are read strictly: one with a field that this version does not know comes out as Unreadable rather than half read.
+// The helpers write: apply by field owner, delete, and conditions, which are merged by type and written only where they differ.
+// Everything may be called concurrently.
 package objects
