@@ -119,7 +119,12 @@ func (g *Gateway) serveCatalog(ctx context.Context, s *tunnel.Session, st tunnel
 	td, epoch, seq := s.Peer(), have.Epoch, have.Seq
 	for {
 		changed := g.offers.Changed(td)
-		if u := g.offers.Update(td, epoch, seq); u != nil && g.view.Load().ready(td) {
+		tunnels := g.tun.Changed() // also when a peer becomes ready
+		ready := g.view.Load().ready(td)
+		if ready {
+			tunnels = nil
+		}
+		if u := g.offers.Update(td, epoch, seq); u != nil && ready {
 			b, err := proto.Marshal(u)
 			if err != nil || len(b) > maxUpdate {
 				g.log.Error("catalog not served", "peer", td.String(), "bytes", len(b))
@@ -137,6 +142,7 @@ func (g *Gateway) serveCatalog(ctx context.Context, s *tunnel.Session, st tunnel
 		case <-ctx.Done():
 			return
 		case <-changed:
+		case <-tunnels:
 		}
 	}
 }

@@ -45,7 +45,7 @@ type Config struct {
 	Listen        string   // UDP and TCP address for other clusters' gateways; ":7443"
 	Advertise     []string // where others reach Listen, host:port; empty = dial-out only
 	LocalListen   string   // TCP address for this cluster's sidecars; ":7444"
-	LocalAddress  string   // what sidecars are told to dial; default: the bound LocalListen
+	LocalAddress  string   // what sidecars are told to dial; default: the bound LocalListen, or the first address of this host
 	MetricsListen string   // TCP address of /metrics, /healthz and /readyz; ":7445"; "off" = none
 	DisableUDP    bool     // TCP only
 	Version       string

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -161,6 +162,26 @@ func (g *Gateway) addrs() Addrs {
 		a.Metrics = g.web.addr()
 	}
 	return a
+}
+
+// localAddress is where sidecars are told to connect.
+func (g *Gateway) localAddress() string {
+	if g.cfg.LocalAddress != "" {
+		return g.cfg.LocalAddress
+	}
+	bound := g.local.Addr().(*net.TCPAddr)
+	if !bound.IP.IsUnspecified() {
+		return bound.String()
+	}
+	host := "127.0.0.1"
+	all, _ := net.InterfaceAddrs()
+	for _, a := range all {
+		if n, ok := a.(*net.IPNet); ok && n.IP.IsGlobalUnicast() {
+			host = n.IP.String()
+			break
+		}
+	}
+	return net.JoinHostPort(host, strconv.Itoa(bound.Port))
 }
 
 // start runs the parts; one that fails before ctx ends makes Run return its error.

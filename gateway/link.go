@@ -92,13 +92,8 @@ func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
 		return err
 	}
 	g := l.g
-	addrs := g.addrs()
-	local := g.cfg.LocalAddress
-	if local == "" {
-		local = addrs.Local
-	}
 	err = stream.Send(&controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Hello{Hello: &controlpb.GatewayHello{
-		Name: g.cfg.Name, LocalAddress: local, Advertise: g.cfg.Advertise, Zone: g.cfg.Client.Info().Locality.Zone,
+		Name: g.cfg.Name, LocalAddress: g.localAddress(), Advertise: g.cfg.Advertise, Zone: g.cfg.Client.Info().Locality.Zone,
 		Version: g.cfg.Version}}})
 	if err != nil {
 		return err

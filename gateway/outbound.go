@@ -55,7 +55,7 @@ func refusal(code preface.Code, reason string) *preface.Refused {
 func (g *Gateway) servePreface(ctx context.Context, c *net.TCPConn, first []byte, proven func()) {
 	p, hello, err := preface.Read(c, first, g.locals.key)
 	if err != nil {
-		// Before the MAC was verified nothing is answered: a stranger learns and gets nothing.
+		// Who has no session gets the least answer there is, and only after a whole preface and hello.
 		g.log.Debug("preface refused", "address", c.RemoteAddr().String(), "error", err.Error())
 		g.metrics.refused("local", "preface")
 		if errors.Is(err, preface.ErrHello) || errors.Is(err, preface.ErrMAC) {

@@ -25,6 +25,7 @@ const (
 	dialTimeout   = 6 * time.Second
 	returnToQUIC  = 60 * time.Second
 	replaceJitter = 10 * time.Minute
+	rescueEvery   = 10 * time.Second // at most, dialling beside a session that is suspect
 )
 
 // dialer keeps one session to one gateway of a peer.
@@ -34,6 +35,8 @@ type dialer struct {
 	addr   []string
 	kicked chan struct{}
 	cancel context.CancelFunc
+
+	rescued time.Time // when a suspect session was last dialled around
 }
 
 // kick makes the dialer try again now.
@@ -140,7 +143,8 @@ func (d *dialer) session() *Session {
 }
 
 // tend waits until something about the session changes. A session of ours is replaced when it runs on TCP and QUIC passes
-// again, and when half of the remaining life of its certificates has passed.
+// again, when half of the remaining life of its certificates has passed, and when it is suspect: then the new one may be up
+// before the old one is down.
 func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) {
 	if !s.dialled {
 		select {
@@ -154,7 +158,7 @@ func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) 
 	if s.transport == TCP && !d.e.cfg.DisableUDP {
 		wait = min(wait, jitter(returnToQUIC))
 	}
-	t := time.NewTimer(max(wait, 10*time.Second))
+	t := time.NewTimer(max(wait, backoffMax))
 	defer t.Stop()
 	for {
 		select {
@@ -167,19 +171,24 @@ func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) 
 				return
 			}
 			changed = d.e.Changed()
+			if s.State() == StateSuspect && time.Since(d.rescued) > rescueEvery {
+				d.rescued = time.Now()
+				d.replace(ctx, s, d.e.race)
+				return
+			}
 		case <-t.C:
-			d.replace(ctx, s)
+			dial := d.e.race
+			if s.transport == TCP && time.Until(s.notAfter) > s.notAfter.Sub(s.since)/2 {
+				dial = d.e.raceQUIC // nothing else would be an improvement
+			}
+			d.replace(ctx, s, dial)
 			return
 		}
 	}
 }
 
-// replace dials anew and retires s on success. From TCP only QUIC is an improvement, unless a certificate is at stake.
-func (d *dialer) replace(ctx context.Context, s *Session) {
-	dial := d.e.race
-	if s.transport == TCP && time.Until(s.notAfter) > s.notAfter.Sub(s.since)/2 {
-		dial = d.e.raceQUIC
-	}
+// replace dials anew and retires s on success.
+func (d *dialer) replace(ctx context.Context, s *Session, dial dialFunc) {
 	n, err := dial(ctx, d.key.td, d.addr)
 	if err != nil {
 		return
@@ -191,6 +200,8 @@ func (d *dialer) replace(ctx context.Context, s *Session) {
 	}
 	s.retire()
 }
+
+type dialFunc func(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error)
 
 // sleep waits for d, for a change or for a kick, which it reports.
 func (d *dialer) sleep(ctx context.Context, wait time.Duration, changed <-chan struct{}) (kicked bool) {
