@@ -5,6 +5,7 @@ package federation_test
 import (
 	"fmt"
 	"math"
+	"reflect"
 	"testing"
 	"time"
 
@@ -156,6 +157,18 @@ func TestDecisionHelpers(t *testing.T) {
 	if _, d3 := federation.Step(epoch.Add(time.Second), st, in); d3.Digest() == d.Digest() {
 		t.Error("changed health does not change the decision's digest")
 	}
+}
+
+// TestRecompute: what was reported, at the millisecond it was reported with, gives the same decision again.
+func TestRecompute(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		now, st, in := drawWalk(t)
+		now = now.Add(time.Duration(rapid.IntRange(0, 999_999_999).Draw(t, "nanoseconds")))
+		st, d := federation.Step(now, st, in)
+		if _, again := federation.Step(now.Truncate(time.Millisecond), st, in); !reflect.DeepEqual(d, again) {
+			t.Fatalf("decided\n%+v\nrecomputed\n%+v", d, again)
+		}
+	})
 }
 
 func TestJitterBounds(t *testing.T) {

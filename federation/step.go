@@ -20,6 +20,8 @@ const (
 	holdJitter = 0.2
 	// absentFor is how long a member that disappeared is remembered, so that its return is a return and not a start.
 	absentFor = 10 * time.Minute
+	// clockGrain is how far now may lie before the last call and still be that moment: reports keep milliseconds, clocks are nudged.
+	clockGrain = time.Second
 	// epsilon is the share below which nothing is left to place.
 	epsilon = 1e-9
 )
@@ -80,6 +82,9 @@ type engine struct {
 
 func newEngine(now time.Time, st State, in Inputs) *engine {
 	now = now.Round(0).UTC()
+	if early := st.At.Sub(now); early > 0 && early <= clockGrain {
+		now = st.At
+	}
 	e := &engine{now: now, in: in, pol: in.Policy.WithDefaults(), st: rebase(st, now)}
 	for _, m := range in.Members {
 		i, dup := slices.BinarySearchFunc(e.slots, m.Cluster, func(s *slot, c ClusterName) int { return cmp.Compare(s.Cluster, c) })
