@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
@@ -34,6 +35,24 @@ var alpnHTTP = []string{"h2"}
 type pooledConn struct {
 	*sidecarhttp.Conn
 	inner *inner.Conn
+
+	mu     sync.Mutex // orders Retire before Close: the engine waits in Close for what Retire has started
+	closed bool
+}
+
+func (c *pooledConn) Retire() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.closed {
+		c.Conn.Retire()
+	}
+}
+
+func (c *pooledConn) Close() error {
+	c.mu.Lock()
+	c.closed = true
+	c.mu.Unlock()
+	return c.Conn.Close()
 }
 
 func (c *pooledConn) Usable() bool { return c.Conn.Ready() }

@@ -96,6 +96,7 @@ func (s *Sidecar) learnPeers(m *controlpb.Service) {
 // applySelf takes what this sidecar is. Its absence means that it answers for nothing any more.
 func (s *Sidecar) applySelf(self *controlpb.Self) error {
 	if self == nil {
+		s.self.Store(nil)
 		s.in.set(&controlpb.Self{}, nil)
 		s.health.Set(nil)
 		return nil

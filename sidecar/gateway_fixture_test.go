@@ -43,8 +43,8 @@ type fakeGateway struct {
 	markers  []*controlpb.TraceMarker
 	opened   int
 	turn     int
+	ids      byte
 	peer     string
-	window   preface.Window
 }
 
 type farInstance struct {
@@ -56,6 +56,7 @@ type fakeSession struct {
 	key  []byte
 	conn *tls.Conn
 	wmu  sync.Mutex
+	seen preface.Window
 }
 
 func newGateway(t testing.TB, c *testCluster, name string, peer *testCluster, far ...farInstance) *fakeGateway {
@@ -142,7 +143,8 @@ func (g *fakeGateway) session(c *tls.Conn) {
 	}
 	s := &fakeSession{key: key, conn: c}
 	g.mu.Lock()
-	id := preface.SessionID{byte(len(g.sessions) + 1), 0xaa}
+	g.ids++
+	id := preface.SessionID{g.ids, 0xaa}
 	g.sessions[id] = s
 	g.mu.Unlock()
 	s.send(&controlpb.ToSidecar{Message: &controlpb.ToSidecar_Welcome{Welcome: &controlpb.LocalWelcome{
@@ -228,21 +230,23 @@ func (g *fakeGateway) count() int {
 // inner judges a preface and leads the connection on.
 func (g *fakeGateway) inner(c net.Conn, r *bufio.Reader) {
 	c.SetReadDeadline(time.Now().Add(preface.Timeout))
+	var session *fakeSession
 	p, hello, err := preface.Read(r, nil, func(id preface.SessionID) ([]byte, bool) {
 		g.mu.Lock()
 		defer g.mu.Unlock()
-		s := g.sessions[id]
-		if s == nil {
+		if session = g.sessions[id]; session == nil {
 			return nil, false
 		}
-		return s.key, true
+		return session.key, true
 	})
 	c.SetReadDeadline(time.Time{})
 	if err != nil {
-		g.t.Errorf("preface: %v", err)
+		if g.ctx.Err() == nil && session != nil {
+			g.t.Errorf("preface: %v", err)
+		}
 		return
 	}
-	if !g.window.Accept(p.Counter) {
+	if !session.seen.Accept(p.Counter) {
 		g.t.Errorf("counter %d came twice", p.Counter)
 		return
 	}

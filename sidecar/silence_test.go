@@ -100,17 +100,17 @@ func TestSilentSidecar(t *testing.T) {
 	close(w.cut)
 	began := time.Now()
 	slow := time.Duration(0)
-	for time.Since(began) < 7*time.Second {
+	for time.Since(began) < 8*time.Second {
 		start := time.Now()
 		if status, body := get(t, near.up(), "/"); status != 200 || body != "two" {
 			t.Fatalf("%v after the silence began: %d %q", time.Since(began), status, body)
 		}
-		if start.Sub(began) > 4*time.Second {
+		if start.Sub(began) > 5*time.Second {
 			slow = max(slow, time.Since(start))
 		}
 	}
-	if slow > time.Second {
-		t.Errorf("4 s after the silence began a request took %v", slow)
+	if slow > 2*time.Second {
+		t.Errorf("5 s after the silence began a request took %v", slow)
 	}
 }
 

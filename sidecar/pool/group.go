@@ -253,7 +253,15 @@ func (g *Group) tryGet(avoid func(string) bool, force bool) (*Lease, *dial, erro
 		}
 		return g.leaseLocked(now, c), nil, nil
 	}
-	return nil, g.dialLocked(e.Key, false), nil
+	d := g.dialLocked(e.Key, false)
+	// A dial may take as long as its timeout; whoever can be served by another endpoint's connection does not wait for it.
+	other, ok := g.chooseLocked(now, func(key string) bool {
+		return avoid != nil && avoid(key) || g.leastLocked(g.conns[key]) == nil
+	}, false)
+	if ok {
+		return g.leaseLocked(now, g.leastLocked(g.conns[other.Key])), nil, nil
+	}
+	return nil, d, nil
 }
 
 func (g *Group) tryRemoteLocked(now time.Time, avoid func(string) bool, force bool) (*Lease, *dial, error) {
