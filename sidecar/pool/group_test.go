@@ -158,6 +158,7 @@ func TestUnreachableEndpointIsLeftOutAndProbed(t *testing.T) {
 		failed := 0
 		for range 50 {
 			l, err := g.Get(t.Context(), nil, false)
+			synctest.Wait()
 			if err != nil {
 				failed++
 				continue
@@ -181,6 +182,28 @@ func TestUnreachableEndpointIsLeftOutAndProbed(t *testing.T) {
 		synctest.Wait()
 		if e := g.Evidence(); e.Ejected != 0 {
 			t.Errorf("7 s after it can be reached again: %+v", e)
+		}
+	})
+}
+
+// TestNobodyWaitsForASlowDial: while one endpoint takes its time to be dialled, calls go to the other.
+func TestNobodyWaitsForASlowDial(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{fail: map[string]error{}, delay: time.Second}
+		g := local(t, w, "a", "b")
+		first := use(t, g, pool.OK)
+		began := time.Now()
+		for range 50 {
+			if k := use(t, g, pool.OK); k != first {
+				t.Fatalf("got %s, which is still being dialled", k)
+			}
+		}
+		if d := time.Since(began); d != 0 {
+			t.Errorf("calls waited %v", d)
+		}
+		time.Sleep(2 * time.Second)
+		if _, keys := g.Len(); keys != 2 {
+			t.Errorf("connections to %d endpoints", keys)
 		}
 	})
 }
