@@ -16,7 +16,7 @@ all: build
 
 build:
 	@mkdir -p $(BIN)
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/strait ./cmd/strait-proxy
+	$(GO) build -ldflags '$(LDFLAGS)' -o $(BIN)/ ./cmd/strait ./cmd/strait-proxy
 
 demo: build
 	./$(BIN)/strait demo up

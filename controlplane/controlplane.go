@@ -153,7 +153,8 @@ func (c *ControlPlane) open() (err error) {
 func (c *ControlPlane) parts() (err error) {
 	peer := identity.IDFromContext
 	c.discovery, err = discovery.New(discovery.Config{
-		Peer: peer, Authorize: discovery.RoleAuthorize(c.self.trustDomain, c.owner), Now: c.now, Logger: c.log,
+		Peer: peer, Authorize: discovery.RoleAuthorize(c.self.trustDomain, c.owner),
+		VerifyNode: discovery.RoleVerifyNode(c.owner), Now: c.now, Logger: c.log,
 	})
 	if err != nil {
 		return err
@@ -208,14 +209,14 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 	if err := c.startAPI(ctx); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, c.api.Close()) }()
+	defer func() { err = errors.Join(err, c.objects.Close(), c.api.Close()) }()
 	servers, err := c.listen(ctx)
 	if err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
 	for name, run := range map[string]func(context.Context) error{
-		"objects": c.objects.Run, "sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
+		"sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
 		"compile": c.compileLoop, "identity": c.renewLoop, "peers": c.samenessLoop, "status": c.statusLoop, "denied": c.denyLoop,
 	} {
 		wg.Go(func() {

@@ -5,10 +5,13 @@ package controlplane
 import (
 	"context"
 	"encoding/hex"
+	"encoding/json"
+	"reflect"
 	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	utiljson "k8s.io/apimachinery/pkg/util/json"
 
 	"github.com/strait-mesh/strait/controlplane/api"
 	"github.com/strait-mesh/strait/controlplane/compile"
@@ -16,9 +19,6 @@ import (
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/problem"
 )
-
-// fieldOwner of what the control plane itself writes into the configuration.
-const fieldOwner = "strait-controlplane"
 
 // describeSelf writes the Federation object once; afterwards it is the operator's.
 func (c *ControlPlane) describeSelf(ctx context.Context) error {
@@ -33,7 +33,7 @@ func (c *ControlPlane) describeSelf(ctx context.Context) error {
 			GatewayAddresses: c.facts.GatewayAddresses,
 		},
 	}
-	return c.objects.Apply(ctx, f, fieldOwner)
+	return c.objects.Apply(ctx, f.Kind, f)
 }
 
 // peerObjects mirrors peers into the configuration API, where their sameness may be edited.
@@ -49,7 +49,7 @@ func (p peerObjects) Upsert(ctx context.Context, peer federate.Peer) error {
 		Spec:       api.PeerSpec{TrustDomain: peer.TrustDomain.String(), Sameness: peer.Sameness},
 	}
 	if have := p.c.peerObject(peer.Cluster); have == nil || have.Spec.TrustDomain != o.Spec.TrustDomain || !slices.Equal(have.Spec.Sameness, o.Spec.Sameness) {
-		if err := p.c.objects.Apply(ctx, o, fieldOwner); err != nil {
+		if err := p.c.objects.Apply(ctx, o.Kind, o); err != nil {
 			return err
 		}
 	}
@@ -64,7 +64,29 @@ func (p peerObjects) Upsert(ctx context.Context, peer federate.Peer) error {
 		h := peer.Catalog.Head
 		o.Status.Catalog = &api.CatalogMark{Epoch: int64(h.Epoch), Seq: int64(h.Seq), Hash: hex.EncodeToString(h.Hash[:])}
 	}
-	return p.c.objects.ApplyStatus(ctx, o, fieldOwner)
+	return p.c.objects.UpdateStatus(ctx, api.Ref{Kind: "Peer", Name: o.Name}, func(status map[string]any) bool {
+		return mergeStatus(status, o.Status)
+	})
+}
+
+// mergeStatus puts what next says into status and reports whether anything differed. Conditions are left to statusLoop.
+func mergeStatus(status map[string]any, next api.PeerStatus) bool {
+	data, err := json.Marshal(next)
+	if err != nil {
+		return false
+	}
+	var fields map[string]any
+	if err := utiljson.Unmarshal(data, &fields); err != nil {
+		return false
+	}
+	changed := false
+	for k, v := range fields {
+		if !reflect.DeepEqual(status[k], v) {
+			status[k] = v
+			changed = true
+		}
+	}
+	return changed
 }
 
 func (p peerObjects) Delete(ctx context.Context, cluster federation.ClusterName) error {
@@ -79,7 +101,7 @@ func (p peerObjects) List(context.Context) ([]federation.ClusterName, error) {
 		return nil, problem.New(problem.NoControlPlane, "the configuration API is not ready")
 	}
 	var out []federation.ClusterName
-	for _, o := range p.c.objects.Snapshot().Peers {
+	for _, o := range p.c.objects.Objects().Peers {
 		if name, err := federation.ParseClusterName(o.Name); err == nil {
 			out = append(out, name)
 		}
@@ -88,7 +110,7 @@ func (p peerObjects) List(context.Context) ([]federation.ClusterName, error) {
 }
 
 func (c *ControlPlane) peerObject(cluster federation.ClusterName) *api.Peer {
-	for _, p := range c.objects.Snapshot().Peers {
+	for _, p := range c.objects.Objects().Peers {
 		if p.Name == cluster.String() {
 			return p
 		}
@@ -102,7 +124,7 @@ func (c *ControlPlane) samenessLoop(ctx context.Context) error {
 	seen := map[string][]string{}
 	for {
 		changed := c.objects.Changed()
-		for _, o := range c.objects.Snapshot().Peers {
+		for _, o := range c.objects.Objects().Peers {
 			before, known := seen[o.Name]
 			seen[o.Name] = o.Spec.Sameness
 			if !known || slices.Equal(before, o.Spec.Sameness) {
@@ -145,7 +167,7 @@ func (c *ControlPlane) statusLoop(ctx context.Context) error {
 				if written[u.Ref] == text {
 					continue
 				}
-				if err := c.objects.SetConditions(ctx, u.Ref, u.Generation, u.Conditions, fieldOwner); err != nil {
+				if err := c.objects.SetConditions(ctx, u.Ref, u.Generation, u.Conditions, c.now()); err != nil {
 					c.log.Debug("conditions not written", "object", u.Ref.String(), "err", err)
 					continue
 				}

@@ -39,6 +39,7 @@ func (c *ControlPlane) compileLoop(ctx context.Context) error {
 	defer resync.Stop()
 	for {
 		changed := []<-chan struct{}{c.objects.Changed(), c.sessions.Changed(), c.federate.Changed(), c.denied.Changed()}
+		revision := c.sessions.View().Revision
 		in := c.input(last)
 		out := compile.Compile(in)
 		last = out.LastGood
@@ -51,22 +52,39 @@ func (c *ControlPlane) compileLoop(ctx context.Context) error {
 				c.log.Error("last good policies not saved", "err", err)
 			}
 		}
+		if !c.waitForChange(ctx, changed, revision, resync.C) {
+			return nil
+		}
+	}
+}
+
+// waitForChange returns a moment after something changed that resources depend on, or false at the end of ctx. Decisions that
+// sidecars report change nothing for anybody: they are told back at the next snapshot.
+func (c *ControlPlane) waitForChange(ctx context.Context, changed []<-chan struct{}, revision uint64, resync <-chan time.Time) bool {
+	for waiting := true; waiting; {
 		select {
 		case <-ctx.Done():
-			return nil
+			return false
 		case <-changed[0]:
+			waiting = false
 		case <-changed[1]:
+			changed[1] = c.sessions.Changed()
+			waiting = c.sessions.View().Revision == revision
 		case <-changed[2]:
+			waiting = false
 		case <-changed[3]:
-		case <-resync.C:
+			waiting = false
+		case <-resync:
+			waiting = false
 		}
-		t := time.NewTimer(debounce)
-		select {
-		case <-ctx.Done():
-			t.Stop()
-			return nil
-		case <-t.C:
-		}
+	}
+	t := time.NewTimer(debounce)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
 	}
 }
 
@@ -133,7 +151,7 @@ func (c *ControlPlane) input(last compile.LastGood) compile.Input {
 			Federation: c.self.federation, Cluster: c.self.cluster, Locality: c.self.locality, TrustDomain: c.self.trustDomain,
 			Bundle: own.Marshal(), BundleSeq: own.Sequence(),
 		},
-		Objects: c.objects.Snapshot(), LastGood: last,
+		Objects: c.objects.Objects(), LastGood: last,
 	}
 	for _, s := range c.sessions.View().Sessions {
 		in.Sessions = append(in.Sessions, sessionInput(s))
@@ -216,7 +234,7 @@ func (c *ControlPlane) federationObject() *api.Federation {
 	if c.objects == nil {
 		return nil
 	}
-	for _, f := range c.objects.Snapshot().Federations {
+	for _, f := range c.objects.Objects().Federations {
 		if f.Name == c.facts.Federation {
 			return f
 		}

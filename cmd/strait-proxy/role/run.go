@@ -24,6 +24,7 @@ import (
 	"github.com/strait-mesh/strait/internal/settings"
 	"github.com/strait-mesh/strait/internal/span"
 	"github.com/strait-mesh/strait/internal/version"
+	"github.com/strait-mesh/strait/trust/register"
 )
 
 // Run executes "strait-proxy gateway|sidecar …" until ctx ends and returns the exit code.
@@ -94,11 +95,17 @@ func start(ctx context.Context, role proxyclient.Role, name string, c common, er
 	if p.dir, err = datadir.Open(c.dataDir, datadir.Options{Lock: true}); err != nil {
 		return nil, err
 	}
+	if name, err = p.name(name, c.tokenFile); err != nil {
+		return nil, errors.Join(err, p.dir.Close())
+	}
 	p.client, err = proxyclient.Open(ctx, proxyclient.Config{
 		Role: role, Name: name, DataDir: p.dir, ControlPlane: c.controlPlane, TokenFile: c.tokenFile,
 		Version: version.String(), RenewEvery: c.renewEvery, Logger: p.log,
 	})
 	if err != nil {
+		return nil, errors.Join(err, p.dir.Close())
+	}
+	if err := p.dir.WriteFile(nameFile, []byte(name+"\n")); err != nil {
 		return nil, errors.Join(err, p.dir.Close())
 	}
 	info := p.client.Info()
@@ -120,6 +127,33 @@ func start(ctx context.Context, role proxyclient.Role, name string, c common, er
 		Ratio:  c.sampling, OnDrop: func(n int) { dropped.Add(float64(n)) }, Logger: p.log,
 	})
 	return p, nil
+}
+
+// nameFile remembers who this directory's process is: the token is needed once only.
+const nameFile = "identity/name"
+
+// name is the one configured, the token's, or the one of the run before.
+func (p *process) name(configured, tokenFile string) (string, error) {
+	if configured != "" {
+		return configured, nil
+	}
+	if data, err := p.dir.ReadFile(nameFile); err == nil {
+		return strings.TrimSpace(string(data)), nil
+	}
+	if tokenFile == "" {
+		return "", problem.New(problem.Usage, "--token-file is missing").WithWhy("this directory holds no identity yet").
+			WithFix("gateway: the token that strait init wrote, or strait token gateway NAME --out FILE").
+			WithFix("sidecar: strait workload register NAMESPACE/NAME --token-out FILE")
+	}
+	text, err := os.ReadFile(tokenFile)
+	if err != nil {
+		return "", problem.New(problem.Usage, "--token-file: %v", err)
+	}
+	token, err := register.ParseToken(string(text))
+	if err != nil {
+		return "", err
+	}
+	return token.Name, nil
 }
 
 // serve runs the role beside the client and the recorder. Those end after the role has: what it says last still gets out.
