@@ -117,7 +117,7 @@ func Append(b []byte, p Preface, key []byte, helloSum [32]byte) ([]byte, error) 
 		b = appendTLV(b, tlvAvoid, v)
 	}
 	if ms := p.Deadline.Milliseconds(); ms > 0 {
-		b = appendTLV(b, tlvDeadline, binary.BigEndian.AppendUint32(nil, uint32(min(ms, 1<<31))))
+		b = appendTLV(b, tlvDeadline, binary.BigEndian.AppendUint32(nil, uint32(min(ms, 1<<32-1))))
 	}
 	total := len(b) - start + 3 + sha256.Size
 	binary.BigEndian.PutUint16(b[start+14:], uint16(total-16))
