@@ -110,7 +110,7 @@ func (h Header) Append(b []byte) ([]byte, error) {
 	r.string(3, h.Export)
 	r.string(4, h.Source)
 	r.string(5, h.Traceparent)
-	r.uint(6, uint64(max(0, min(h.Deadline.Milliseconds(), 1<<31))), 4)
+	r.uint(6, uint64(max(0, min(h.Deadline.Milliseconds(), 1<<32-1))), 4)
 	r.string(7, h.Class)
 	r.uint(8, uint64(h.Hops), 1)
 	avoid := make([]byte, 0, 8*len(h.Avoid))
@@ -232,7 +232,7 @@ type notice struct {
 func (n notice) append() ([]byte, error) {
 	r := newRecord()
 	r.uint(1, uint64(n.Kind), 1)
-	r.uint(2, uint64(max(0, min(n.Deadline.Milliseconds(), 1<<31))), 4)
+	r.uint(2, uint64(max(0, min(n.Deadline.Milliseconds(), 1<<32-1))), 4)
 	return r.finish(maxNotice)
 }
 
