@@ -32,8 +32,9 @@ import (
 // world is a few clusters, each a Manager on a data directory of its own with one gateway that behaves: it relays join frames and
 // queries, serves offers on, and has a tunnel to a peer while both sides' views name each other. No socket is involved.
 type world struct {
-	t  *testing.T
-	mu sync.Mutex
+	t         *testing.T
+	reporting sync.Mutex // keeps reports in the order in which they were made up
+	mu        sync.Mutex
 
 	clusters map[string]*cluster
 	cut      map[string]bool // "a b": no tunnel and no dial between them
@@ -459,45 +460,45 @@ func (w *world) peerGateway(from *cluster, td string) *fakeGateway {
 
 // sync tells every gateway's control plane which tunnels it has.
 func (w *world) sync() {
-	type report struct {
-		g    *fakeGateway
-		text string
-		list []*controlpb.Tunnel
+	for _, name := range w.report() {
+		w.deliverTo(name)
 	}
-	var reports []report
+}
+
+func (w *world) report() (fresh []string) {
+	w.reporting.Lock()
+	defer w.reporting.Unlock()
+	reports := map[*fakeGateway][]*controlpb.Tunnel{}
 	w.mu.Lock()
 	for _, a := range w.clusters {
 		if a.gw == nil {
 			continue
 		}
-		r := report{g: a.gw}
+		reports[a.gw] = nil
 		for _, b := range w.clusters {
 			if a != b && w.upLocked(a, b) {
-				r.list = append(r.list, &controlpb.Tunnel{PeerTrustDomain: b.td.String(), PeerGateway: "gateway-1", State: "up", Transport: "quic", RttSeconds: 0.08, Id: b.name})
-				r.text += b.name + " "
+				reports[a.gw] = append(reports[a.gw], &controlpb.Tunnel{
+					PeerTrustDomain: b.td.String(), PeerGateway: "gateway-1", State: "up", Transport: "quic", RttSeconds: 0.08, Id: b.name,
+				})
 			}
 		}
-		slices.SortFunc(r.list, func(a, b *controlpb.Tunnel) int { return strings.Compare(a.GetId(), b.GetId()) })
-		reports = append(reports, r)
 	}
 	w.mu.Unlock()
-	for _, r := range reports {
-		var names []string
-		for _, t := range r.list {
-			names = append(names, t.GetId())
+	for g, tunnels := range reports {
+		slices.SortFunc(tunnels, func(a, b *controlpb.Tunnel) int { return strings.Compare(a.GetId(), b.GetId()) })
+		text := fmt.Sprint(len(tunnels))
+		for _, t := range tunnels {
+			text += " " + t.GetId()
 		}
-		text := strings.Join(names, " ")
-		r.g.mu.Lock()
-		fresh := r.g.stream != nil && r.g.report != "|"+text
-		if fresh {
-			r.g.report = "|" + text
-			_ = r.g.stream.Send(&controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Tunnels{Tunnels: &controlpb.TunnelsReport{Tunnels: r.list}}})
+		g.mu.Lock()
+		if g.stream != nil && g.report != text {
+			g.report = text
+			_ = g.stream.Send(&controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Tunnels{Tunnels: &controlpb.TunnelsReport{Tunnels: tunnels}}})
+			fresh = append(fresh, g.c.name)
 		}
-		r.g.mu.Unlock()
-		if fresh {
-			w.deliverTo(r.g.c.name)
-		}
+		g.mu.Unlock()
 	}
+	return fresh
 }
 
 // deliver gives what origin's gateway serves to every consumer it has a tunnel to; deliverTo gives one consumer everything.
