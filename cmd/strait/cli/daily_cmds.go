@@ -159,7 +159,7 @@ func (e *env) renderWhy(w *controlpb.WhyResponse) {
 		if i > 0 {
 			fmt.Fprintln(e.out)
 		}
-		fmt.Fprintf(e.out, "%s from %s    policy %s\n", refText(w.Service), callersText(w.Cluster, g.Callers), policy)
+		fmt.Fprintf(e.out, "%s from %s    policy %s\n", refText(w.Service), callersText(w.Cluster, w.Service.GetNamespace(), g.Callers), policy)
 		since := time.UnixMilli(d.SinceMs)
 		fmt.Fprintf(e.out, "NOW  %s   reason %s   since %s (%s)\n", sharesText(d), d.Reason, since.UTC().Format(time.TimeOnly), shortDuration(e.now().Sub(since)))
 		rows := [][]string{{"TIER", "CLUSTER", "HEALTHY", "SHARE", "STATE", "BECAUSE"}}
@@ -195,9 +195,15 @@ func (e *env) renderWhy(w *controlpb.WhyResponse) {
 	}
 }
 
-func callersText(cluster string, callers []string) string {
+// callersText is "us-east/web" for one caller of the service's own namespace, and a list for several.
+func callersText(cluster, namespace string, callers []string) string {
+	short := make([]string, len(callers))
+	for i, c := range callers {
+		short[i] = strings.TrimPrefix(c, namespace+"/")
+	}
+	callers = short
 	if len(callers) == 1 {
-		return cluster + "/" + strings.TrimPrefix(callers[0], cluster+"/")
+		return cluster + "/" + callers[0]
 	}
 	if len(callers) > 4 {
 		return fmt.Sprintf("%s: %d callers (%s, …)", cluster, len(callers), strings.Join(callers[:3], ", "))

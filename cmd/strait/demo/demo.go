@@ -275,11 +275,10 @@ func (d *Demo) join(ctx context.Context) error {
 		_, err := d.strait(ctx, joiner, "join", token, "--sameness", namespace)
 		return err
 	}
-	if err := joinAt(us, eu); err != nil {
-		return err
-	}
-	if err := each([]*region{us, eu}, func(issuer *region) error { return joinAt(issuer, ap) }); err != nil {
-		return err
+	for _, pair := range [][2]*region{{us, eu}, {us, ap}, {eu, ap}} {
+		if err := joinAt(pair[0], pair[1]); err != nil {
+			return err
+		}
 	}
 	return each(d.regions, func(r *region) error {
 		for _, s := range r.services {
