@@ -5,7 +5,6 @@ package configapi
 import (
 	"context"
 	"log/slog"
-	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -76,15 +75,16 @@ func attrs(fields []zapcore.Field) []slog.Attr {
 	return out
 }
 
-// routeKlog sends the libraries' log to l: what they call information is for debugging here. klog is global. Their fatal errors
-// end the process, but not while a server is being closed: start-up that is cut short calls itself fatal.
-func routeKlog(l *slog.Logger) {
+// routeKlog sends the libraries' log to l: what they call information is for debugging here. klog is global. What they call fatal
+// ends the goroutine that says so and fails the server, but never the process from below: a start that is cut short calls itself
+// fatal too.
+func routeKlog(l *slog.Logger, fatal func()) {
 	klog.SetSlogLogger(slog.New(&quieter{l.With("component", "apiserver").Handler()}))
-	klog.OsExit = func(code int) {
-		if ending.Load() {
-			runtime.Goexit()
+	klog.OsExit = func(int) {
+		if !ending.Load() {
+			fatal()
 		}
-		os.Exit(code)
+		runtime.Goexit()
 	}
 }
 

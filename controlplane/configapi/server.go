@@ -64,14 +64,15 @@ type Server struct {
 	servers  []*http.Server
 	generic  *genericapiserver.GenericAPIServer
 
-	cancel context.CancelFunc
-	wg     sync.WaitGroup
-	once   sync.Once
-	failed chan struct{}
-	cause  error
+	cancel  context.CancelFunc
+	wg      sync.WaitGroup
+	once    sync.Once
+	failing sync.Once
+	failed  chan struct{}
+	cause   error
 }
 
-// Start returns when the API answers for every kind. Close ends it; so does a failure of the store, see Failed.
+// Start returns when the API answers for every kind. Close ends it; a failure of the store closes Failed.
 func Start(ctx context.Context, c Config) (_ *Server, err error) {
 	c, err = c.withDefaults()
 	if err != nil {
@@ -91,7 +92,7 @@ func Start(ctx context.Context, c Config) (_ *Server, err error) {
 	}()
 	ctx, done := context.WithTimeout(ctx, c.StartTimeout)
 	defer done()
-	routeKlog(c.Logger)
+	routeKlog(c.Logger, func() { s.fail(errors.New("the API server's library has given up; its log says why")) })
 	if err := privateDir(c.Dir); err != nil {
 		return nil, err
 	}
@@ -202,14 +203,22 @@ func (s *Server) watchStore(ctx context.Context) {
 	case <-ctx.Done():
 		return
 	case err := <-s.store.etcd.Err():
-		s.cause = fmt.Errorf("store: %w", err)
+		s.fail(fmt.Errorf("store: %w", err))
 	case <-s.store.etcd.Server.StopNotify():
-		s.cause = errors.New("store: stopped")
+		s.fail(errors.New("store: stopped"))
 	}
-	if ctx.Err() == nil {
-		s.config.Logger.Error("the store of the configuration API has stopped", "error", s.cause)
+}
+
+// fail says once that the server cannot go on.
+func (s *Server) fail(cause error) {
+	if ending.Load() {
+		return
+	}
+	s.failing.Do(func() {
+		s.cause = cause
+		s.config.Logger.Error("the configuration API has failed", "error", cause)
 		close(s.failed)
-	}
+	})
 }
 
 func (s *Server) listen(ctx context.Context) error {

@@ -5,8 +5,10 @@ package schema_test
 import (
 	"context"
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -269,4 +271,44 @@ func FuzzParse(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestMutations throws damaged files at Parse: it answers each, without a panic, and never with objects beside errors. FuzzParse
+// does the same with coverage.
+func TestMutations(t *testing.T) {
+	var seeds [][]byte
+	files, _ := filepath.Glob("testdata/good/*.yaml")
+	for _, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seeds = append(seeds, data)
+	}
+	pieces := []string{"&a ", "*a", "<<: ", "[", "]", "{", "}", ":", "- ", "\n", "|", ">", "!!int ", "!!binary ", "\"", "'", "%", "?", "\t", "\x00", "\xff", "null", "~", "0x", "1e999", ".nan", "---\n", "...", "#", "  "}
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := range 1500 {
+		data := slices.Clone(seeds[r.IntN(len(seeds))])
+		for range 1 + r.IntN(4) {
+			at := r.IntN(len(data))
+			switch r.IntN(4) {
+			case 0:
+				data = slices.Delete(data, at, min(len(data), at+1+r.IntN(20)))
+			case 1:
+				data[at] ^= 1 << r.IntN(8)
+			default:
+				data = slices.Insert(data, at, []byte(pieces[r.IntN(len(pieces))])...)
+			}
+		}
+		objects, err := schema.Parse("f.yaml", data)
+		var list schema.Errors
+		if err != nil && (!errors.As(err, &list) || len(list) == 0 || objects != nil) {
+			t.Fatalf("case %d: %d objects beside %v\n%s", i, len(objects), err, data)
+		}
+		for _, e := range list {
+			if e.Human() == "" {
+				t.Fatalf("case %d: %#v", i, e)
+			}
+		}
+	}
 }
