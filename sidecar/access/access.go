@@ -141,15 +141,14 @@ func (p *Policy) Judge(r Request) Verdict {
 	if r.Caller.IsZero() {
 		return Verdict{}
 	}
+	open := p.defaults[r.Caller.TrustDomain()]
 	if !p.hasPolicy {
-		if p.defaults[r.Caller.TrustDomain()] {
-			return Verdict{Allowed: true}
-		}
-		return Verdict{Allowed: p.audit, Audited: p.audit}
+		return Verdict{Allowed: open}
 	}
+	audited := p.audit && open // an audit blocks nobody, and lets in nobody that the port is not open to
 	for i := range p.deny {
 		if c := &p.deny[i]; c.caller(r.Caller) && c.denies(r) {
-			return Verdict{Allowed: p.audit, Audited: p.audit, Policy: c.policy, Rule: c.name}
+			return Verdict{Allowed: audited, Audited: audited, Policy: c.policy, Rule: c.name}
 		}
 	}
 	for i := range p.allow {
@@ -157,7 +156,7 @@ func (p *Policy) Judge(r Request) Verdict {
 			return Verdict{Allowed: true, Policy: c.policy, Rule: c.name}
 		}
 	}
-	return Verdict{Allowed: p.audit, Audited: p.audit, Policy: p.anyPolicy()}
+	return Verdict{Allowed: audited, Audited: audited, Policy: p.anyPolicy()}
 }
 
 // MayConnect says whether any HTTP request of caller could be allowed. A connection of a caller for whom this is false
@@ -166,10 +165,7 @@ func (p *Policy) MayConnect(caller spiffeid.ID) bool {
 	if caller.IsZero() {
 		return false
 	}
-	if p.audit {
-		return true
-	}
-	if !p.hasPolicy {
+	if !p.hasPolicy || p.audit {
 		return p.defaults[caller.TrustDomain()]
 	}
 	for i := range p.deny {

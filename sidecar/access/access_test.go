@@ -113,6 +113,13 @@ func TestAuditNeverBlocks(t *testing.T) {
 	if !v.Allowed || !v.Audited {
 		t.Errorf("got %+v, want allowed and audited", v)
 	}
+	stranger, err := spiffeid.Workload(td(t, "ap-south.acme"), "shop", "web")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v := p.Judge(access.Request{Caller: stranger, HTTP: true, Method: "GET", Path: "/"}); v.Allowed || p.MayConnect(stranger) {
+		t.Errorf("an audit lets in a cluster that the port is not open to: %+v", v)
+	}
 }
 
 func TestCompileRefusesWhatItDoesNotUnderstand(t *testing.T) {
