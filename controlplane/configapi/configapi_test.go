@@ -555,7 +555,7 @@ func TestRestartAndRestore(t *testing.T) {
 // TestStartCutShort: a start that is ended at any moment leaves nothing behind, and the next one works.
 func TestStartCutShort(t *testing.T) {
 	dir := storeDir(t)
-	for _, d := range []time.Duration{time.Nanosecond, 100 * time.Millisecond, 300 * time.Millisecond, 500 * time.Millisecond} {
+	for _, d := range []time.Duration{time.Nanosecond, 100 * time.Millisecond, 400 * time.Millisecond, 600 * time.Millisecond, 800 * time.Millisecond, time.Second} {
 		s, err := configapi.Start(t.Context(), configapi.Config{Dir: dir, StartTimeout: d})
 		if err == nil {
 			_ = s.Close()
