@@ -67,7 +67,12 @@ func (s *spawner) start(p *process) error {
 	}
 	defer f.Close()
 	_ = os.Remove(filepath.Join(p.dir, "run", "addrs.json"))
-	cmd := exec.Command(s.binary, p.args...)
+	// The proxies directly: when "strait gateway" executes strait-proxy, the kernel forgets PR_SET_PDEATHSIG with the main thread.
+	binary := s.binary
+	if p.args[0] == "gateway" || p.args[0] == "sidecar" {
+		binary = filepath.Join(filepath.Dir(binary), "strait-proxy")
+	}
+	cmd := exec.Command(binary, p.args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = s.env, f, f
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	started := make(chan error)
