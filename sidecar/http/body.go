@@ -96,6 +96,19 @@ func (b *keptBody) broken() error {
 	return b.err
 }
 
+// quiet waits for a read in progress. To be called when the connection has failed: the read then ends at once, and says
+// how it failed.
+func (b *keptBody) quiet() {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for b.reading {
+		b.cond.Wait()
+	}
+}
+
 // received is the number of bytes read from the source.
 func (b *keptBody) received() int64 {
 	if b == nil {
@@ -141,7 +154,7 @@ func (b *keptBody) run() {
 			b.cond.Wait()
 		}
 		stopped := b.stopped
-		b.want = false
+		b.want, b.reading = false, !stopped
 		b.mu.Unlock()
 		if stopped {
 			return
@@ -171,7 +184,7 @@ func (b *keptBody) add(p []byte, err error) {
 	}
 	b.dropReadLocked()
 	b.buf = append(b.buf, p...)
-	b.err = err
+	b.err, b.reading = err, false
 	b.cond.Broadcast()
 }
 

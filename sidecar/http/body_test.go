@@ -45,6 +45,9 @@ func TestKeptBodyModel(t *testing.T) {
 			}
 			// A read from the source may bring up to one chunk more than was asked for.
 			most = max(most, min(want+32<<10, size))
+			if len(b.buf) > limit+32<<10 {
+				t.Fatalf("%d bytes held, may keep %d", len(b.buf), limit)
+			}
 			if rapid.Bool().Draw(t, "close") {
 				r.Close()
 				if _, err := r.Read(make([]byte, 1)); err != errBodyEnded {

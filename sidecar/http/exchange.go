@@ -94,7 +94,13 @@ func (x *exchange) fillTrailer() {
 func (x *exchange) stalled() bool { return errors.Is(x.body.broken(), os.ErrDeadlineExceeded) }
 
 // gone reports whether the client has gone away; net/http says the same of a body that stalled.
-func (x *exchange) gone() bool { return x.r.Context().Err() != nil && !x.stalled() }
+func (x *exchange) gone() bool {
+	if x.r.Context().Err() == nil {
+		return false
+	}
+	x.body.quiet()
+	return !x.stalled()
+}
 
 // badBody is the answer to a request whose body did not arrive.
 func (x *exchange) badBody() *Refusal {
@@ -172,7 +178,7 @@ func (x *exchange) begin() nethttp.Header {
 	x.body.release()
 	h := x.w.Header()
 	clear(h)
-	if x.r.ProtoMajor == 1 && !x.body.finished() {
+	if x.r.ProtoMajor == 1 && (!x.body.finished() || x.conn.draining()) {
 		// We may stop reading the body: what is left of it must not be taken for the next request.
 		h.Set("Connection", "close")
 	}

@@ -247,3 +247,39 @@ func TestWithoutTLS(t *testing.T) {
 		expectBody(t, bufio.NewReader(c), "HTTP/1.1")
 	})
 }
+
+// TestUnreadBody: what the application did not read of a body is never taken for the next request.
+func TestUnreadBody(t *testing.T) {
+	const inner = "GET /smuggled HTTP/1.1\r\nHost: checkout.shop\r\n\r\n"
+	rows := map[string]string{
+		"declared": fmt.Sprintf("POST /early HTTP/1.1\r\nHost: checkout.shop\r\nContent-Length: %d\r\n\r\n", len(inner)+4),
+		"chunked":  "POST /early HTTP/1.1\r\nHost: checkout.shop\r\nTransfer-Encoding: chunked\r\n\r\n",
+		"refused":  fmt.Sprintf("POST /early HTTP/1.1\r\nHost: nowhere.shop\r\nContent-Length: %d\r\n\r\n", len(inner)+4),
+	}
+	each(t, func(t *testing.T, e engine) {
+		for name, head := range rows {
+			t.Run(name, func(t *testing.T) {
+				r := newRig(t, e, rigOptions{backends: []string{backend(t, func(w nethttp.ResponseWriter, r *nethttp.Request) {
+					if r.URL.Path != "/early" {
+						t.Errorf("the backend saw %s", r.URL.Path)
+					}
+					nethttp.NewResponseController(w).EnableFullDuplex()
+					w.Header().Set("Connection", "close")
+					w.WriteHeader(403)
+				})}})
+				c := r.dial()
+				in := bufio.NewReader(c)
+				io.WriteString(c, head+"abc")
+				resp, err := nethttp.ReadResponse(in, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				io.Copy(io.Discard, resp.Body)
+				io.WriteString(c, "d"+inner+inner)
+				if rest, err := io.ReadAll(in); len(rest) > 0 && !strings.HasPrefix(string(rest), "HTTP/1.1 400") {
+					t.Errorf("after the answer came %q, %v", rest, err)
+				}
+			})
+		}
+	})
+}

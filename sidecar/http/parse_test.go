@@ -156,3 +156,20 @@ func TestEndToEnd(t *testing.T) {
 		t.Error("the original was changed")
 	}
 }
+
+func TestNormalPath(t *testing.T) {
+	rows := []struct{ raw, loose, strict string }{ // "" is refused
+		{"/", "/", "/"}, {"/a/b.c-d_e~f", "/a/b.c-d_e~f", "/a/b.c-d_e~f"}, {"/%61%2d%7e", "/a-~", "/a-~"}, {"/%e4%B8%ad", "/%E4%B8%AD", "/%E4%B8%AD"},
+		{"/a b\"|", "/a%20b%22%7C", "/a%20b%22%7C"}, {"/ä", "/%C3%A4", "/%C3%A4"}, {"/!$&'()*+,=:@", "/!$&'()*+,=:@", "/!$&'()*+,=:@"}, {"/%21%3b", "/%21%3B", ""},
+		{"//a", "//a", ""}, {"/a//", "/a//", ""}, {"/a;b", "/a;b", ""}, {"/...", "/...", "/..."}, {"/.a/a.", "/.a/a.", "/.a/a."}, {"/%252e", "/%252e", "/%252e"},
+		{"/a%2fb", "", ""}, {"/a%2Fb", "", ""}, {"/a%5cb", "", ""}, {"/a\\b", "", ""}, {"/a%00", "", ""}, {"/a%0a", "", ""}, {"/a\x7f", "", ""}, {"/.", "", ""}, {"/a/..", "", ""},
+		{"/%2e", "", ""}, {"/.%2E/", "", ""}, {"/..;x", "", ""}, {"/%2e;/", "", ""}, {"/%", "", ""}, {"/%4", "", ""}, {"/%4g", "", ""}, {"/a#b", "", ""}, {"", "", ""}, {"a", "", ""}, {"*", "", ""},
+	}
+	for _, row := range rows {
+		for strict, want := range map[bool]string{false: row.loose, true: row.strict} {
+			if got, err := normalPath(row.raw, strict); got != want || (err == nil) != (want != "") {
+				t.Errorf("%q, strict %v: %q, %v, want %q", row.raw, strict, got, err, want)
+			}
+		}
+	}
+}

@@ -42,6 +42,7 @@ type served struct {
 	proto    string      // of this connection
 	over     chan struct{}
 	once     sync.Once
+	outer    context.Context // its end asks for a graceful end
 	base     context.Context
 	cancel   context.CancelFunc
 
@@ -63,6 +64,9 @@ func (c *served) Close() error {
 // NetConn returns the connection below.
 func (c *served) NetConn() net.Conn { return c.raw }
 
+// draining reports whether the connection is to end after what is in progress.
+func (c *served) draining() bool { return c.outer.Err() != nil }
+
 // ServeHTTP runs the handler so that serve can wait for it.
 func (c *served) ServeHTTP(w nethttp.ResponseWriter, r *nethttp.Request) {
 	c.mu.Lock()
@@ -78,7 +82,7 @@ func (c *served) ServeHTTP(w nethttp.ResponseWriter, r *nethttp.Request) {
 
 // serve owns raw until it returns. proto is what ALPN chose; "" looks at the first bytes.
 func (s *server) serve(ctx context.Context, raw net.Conn, proto string, peer spiffeid.ID) {
-	c := &served{Conn: raw, raw: raw, server: s, peer: peer, proto: proto, over: make(chan struct{})}
+	c := &served{Conn: raw, raw: raw, server: s, peer: peer, proto: proto, over: make(chan struct{}), outer: ctx}
 	c.base, c.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer c.cancel()
 	if !s.add(c) {
@@ -245,8 +249,6 @@ func (c *served) serveH2(h *nethttp.Server) {
 func (c *served) drain(h *nethttp.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), c.server.limits.Grace)
 	defer cancel()
-	stop := context.AfterFunc(ctx, c.cancel)
-	defer stop()
 	// For HTTP/1.1 this waits for the connection; for HTTP/2, which the server does not count, it sends GOAWAY.
 	_ = h.Shutdown(ctx)
 	select {
