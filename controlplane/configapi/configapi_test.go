@@ -398,6 +398,17 @@ func testRefusals(t *testing.T, s *configapi.Server) {
 			}
 		})
 	}
+	t.Run("apply", func(t *testing.T) {
+		for kind, body := range map[string]string{
+			"workload": `{"apiVersion":"strait.dev/v1alpha1","kind":"Workload","metadata":{"name":"x"},"spec":{"adress":"10.0.0.1"}}`,
+			"service":  `{"apiVersion":"v1","kind":"Service","metadata":{"name":"x"},"spec":{"ports":[{"port":80,"prot":1}]}}`,
+		} {
+			_, err := in(t, d, kind, "refused").Patch(t.Context(), "x", types.ApplyPatchType, []byte(body), metav1.PatchOptions{FieldManager: "test"})
+			if err == nil || !strings.Contains(err.Error(), "field not declared in schema") { // upstream answers 500 here
+				t.Errorf("%s: %v", kind, err)
+			}
+		}
+	})
 	t.Run("patch", func(t *testing.T) {
 		ctx := t.Context()
 		r := in(t, d, "accesspolicy", "patched")
