@@ -98,6 +98,8 @@ func (g *Gateway) serveStream(ctx context.Context, s *tunnel.Session, st tunnel.
 	closed := g.metrics.opened("inbound", g.clusterOf(in.peer), string(g.cluster))
 	result := relay.Pair(st, local, nil)
 	closed(result, result.AtoB, result.BtoA, ended.get())
+	g.log.Debug("stream ended", "peer", s.Peer().String(), "service", h.Service, "tunnel", s.ID(), "sent", result.AtoB,
+		"received", result.BtoA, "error", errString(result.Err), "reason", ended.get())
 }
 
 // judgeHeader is every check that needs no more than the header, in the order in which the answers tell least.

@@ -117,6 +117,8 @@ func (g *Gateway) servePreface(ctx context.Context, c *net.TCPConn, first []byte
 	closed := g.metrics.opened("outbound", string(g.cluster), string(o.peer.cluster))
 	result := relay.Pair(relay.TCP(c), o.stream, &o.count)
 	closed(result, result.AtoB, result.BtoA, ended.get())
+	g.log.Debug("connection ended", "peer", o.peer.td.String(), "service", o.service.String(), "tunnel", o.stream.Session.ID(),
+		"sent", result.AtoB, "received", result.BtoA, "error", errString(result.Err), "reason", ended.get())
 }
 
 // judgeOutbound decides from the view whether and whither o may go.

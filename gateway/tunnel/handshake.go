@@ -177,13 +177,11 @@ func (e *Endpoint) answer(st Stream, a hello) error {
 	if err == nil {
 		_, err = st.Write(b)
 	}
-	if err == nil {
-		err = st.CloseWrite()
-	}
 	if err != nil {
 		st.Reset()
 		return fmt.Errorf("answer hello: %w", err)
 	}
+	_ = st.CloseWrite() // fails when the dialler, having read the answer, was quicker
 	if a.Refusal != "" {
 		_, _ = io.Copy(io.Discard, st) // until the dialler has read it and gone, at most the deadline
 		st.Reset()
@@ -191,7 +189,8 @@ func (e *Endpoint) answer(st Stream, a hello) error {
 	}
 	// The dialler ends the stream when it has the answer.
 	_, _ = io.Copy(io.Discard, io.LimitReader(st, 1))
-	return st.Close()
+	_ = st.Close()
+	return nil
 }
 
 // awaitLane holds a session with its control link until its second link has come.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"io"
 	"net"
 	"sync"
 	"sync/atomic"
@@ -95,6 +96,7 @@ const resetCode = 1
 type quicStream struct {
 	*quic.Stream
 	one    [1]byte
+	reset  atomic.Bool
 	closed atomic.Bool // after Close a Reset would take back what was written
 	gone   sync.Once
 	end    func()
@@ -115,6 +117,7 @@ func (s *quicStream) CloseWrite() error { return s.Stream.Close() }
 
 // Reset implements Stream.
 func (s *quicStream) Reset() {
+	s.reset.Store(true)
 	s.CancelRead(resetCode)
 	if !s.closed.Load() {
 		s.CancelWrite(resetCode)
@@ -134,9 +137,24 @@ func (s *quicStream) Close() error {
 // ReadPooled reads without holding a buffer while there is nothing to read.
 func (s *quicStream) ReadPooled(take func() []byte, _ func()) (int, error) {
 	if _, err := s.Peek(s.one[:]); err != nil {
-		return 0, err
+		return 0, s.readError(err)
 	}
 	return s.Read(take())
+}
+
+// Read implements Stream.
+func (s *quicStream) Read(b []byte) (int, error) {
+	n, err := s.Stream.Read(b)
+	return n, s.readError(err)
+}
+
+// readError keeps a stream that was reset here from looking finished: quic-go (v0.65) reports io.EOF to a reader that wakes
+// after CancelRead once the other end's RESET_STREAM has told the final size.
+func (s *quicStream) readError(err error) error {
+	if err == io.EOF && s.reset.Load() {
+		return ErrReset
+	}
+	return err
 }
 
 // dialQUIC dials from the listening socket.

@@ -70,6 +70,7 @@ type Session struct {
 	retiring atomic.Int64 // unix nano since when, 0 = not
 	draining atomic.Bool
 	streams  atomic.Int64
+	controls atomic.Int64 // control streams that the other end has open
 	tag      atomic.Uint64
 	packets  chan []byte
 	notices  chan []byte
@@ -280,7 +281,15 @@ func (s *Session) acceptControl(ctx context.Context) {
 			s.fail(fmt.Errorf("control lane: %w", err))
 			return
 		}
-		s.wg.Go(func() { s.guard(st, func() { s.serveControl(ctx, st) }) })
+		if s.controls.Add(1) > maxControl {
+			s.controls.Add(-1)
+			st.Reset()
+			continue
+		}
+		s.wg.Go(func() {
+			defer s.controls.Add(-1)
+			s.guard(st, func() { s.serveControl(ctx, st) })
+		})
 	}
 }
 
