@@ -110,7 +110,7 @@ func (s *spawner) note(pid int, alive bool) {
 	}
 }
 
-// startTime is field 22 of /proc/<pid>/stat, or empty.
+// startTime is field 22 of /proc/<pid>/stat, or empty when no such process runs.
 func startTime(pid int) string {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -118,7 +118,7 @@ func startTime(pid int) string {
 	}
 	_, rest, _ := bytes.Cut(data, []byte(") "))
 	f := strings.Fields(string(rest))
-	if len(f) < 20 {
+	if len(f) < 20 || f[0] == "Z" { // a zombie has ended
 		return ""
 	}
 	return f[19]
