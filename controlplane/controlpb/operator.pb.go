@@ -1324,7 +1324,7 @@ func (x *LeaveRequest) GetTimeoutMs() int64 {
 }
 
 // JoinProgress is one stage that ended. Stages, in order: token, clock, reach, identity, trust, approved, catalog,
-// probe-out, probe-in.
+// probe-in (the issuer's probe of us), probe-out (ours of the issuer).
 type JoinProgress struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Stage          string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`

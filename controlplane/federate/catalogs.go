@@ -260,7 +260,6 @@ func (m *Manager) apply(td spiffeid.TrustDomain, u *controlpb.CatalogUpdate) err
 	default:
 		text := err.Error()
 		if p.refused != text {
-			m.log.Warn("catalog refused", "peer", td.String(), "error", err)
 			kind := "catalog_refused"
 			if !conflict && m.store.Conflict(td) != nil {
 				kind = "catalog_fork"
@@ -355,7 +354,7 @@ func (m *Manager) askHead(td spiffeid.TrustDomain) error {
 	ctx, cancel := context.WithTimeout(m.ctx, defaultTimeout)
 	defer cancel()
 	r, err := m.Ask(ctx, td, methodHeadOf, nil)
-	if err != nil && problem.Is(err, problem.ClusterUnreachable) {
+	if forNow(err) {
 		return err
 	}
 	if err == nil && len(r.Body) > 0 {

@@ -303,6 +303,12 @@ func TestRestoreFromOlderBackup(t *testing.T) {
 		eu.kill()
 	}
 	before := us.m.View().ByCluster("eu-west").Catalog.Head.Epoch
+	// two days pass: no certificate of before is valid any more
+	us.kill()
+	w.mu.Lock()
+	w.skew["us-east"], w.skew["eu-west"] = 48*time.Hour, 48*time.Hour
+	w.mu.Unlock()
+	us.start()
 	must(t, os.RemoveAll(eu.path))
 	must(t, os.CopyFS(eu.path, os.DirFS(filepath.Join(backup, "copy"))))
 	eu.start()
@@ -372,7 +378,7 @@ func TestJoiningMayOnlyProbe(t *testing.T) {
 	}
 	us.waitState("eu-west", federate.StateJoining)
 	for _, method := range []string{"introduce", "head-of", "trace"} {
-		if a := us.gw.ask(eu.td, &controlpb.Query{Method: method, TimeoutMs: 1000}); a.GetErrorCode() != string(problem.TrustRefused) {
+		if a := us.gw.ask(eu.td, &controlpb.Query{Method: method, TimeoutMs: 1000}); a.GetErrorCode() != string(problem.ProbeFailed) {
 			t.Errorf("%s while joining: %v", method, a)
 		}
 	}

@@ -101,7 +101,7 @@ func (m *Manager) introduce(receiver, subject spiffeid.TrustDomain) error {
 	ctx, cancel := context.WithTimeout(m.ctx, defaultTimeout)
 	defer cancel()
 	_, err = m.Ask(ctx, receiver, methodIntroduce, body)
-	if problem.Is(err, problem.ClusterUnreachable) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if forNow(err) {
 		return err
 	}
 	if err != nil {

@@ -95,6 +95,9 @@ func TestJoinWaitsForApproval(t *testing.T) {
 	}
 	us.waitState("eu-west", federate.StateReady)
 	eu.waitState("us-east", federate.StateReady)
+	if _, err := eu.join(token, "shop"); err != nil || !eu.m.View().ByCluster("us-east").Same("shop") {
+		t.Errorf("the same command once more: %v", err)
+	}
 }
 
 // TestJoinSurvivesKills kills either control plane at each printed stage and runs the same command again.

@@ -28,10 +28,11 @@ const (
 	gatewaysFile = "peers/own-gateways"
 	catalogsDir  = "catalogs"
 
-	tickEvery      = time.Second
-	maxAlarms      = 64
-	gatewayKept    = 24 * time.Hour   // how long a gateway without link stays listed
-	freshnessGrace = 15 * time.Second // after a start, and after a link's end: tunnels are not believed down yet
+	tickEvery       = time.Second
+	maxAlarms       = 64
+	alarmsPerMinute = 20
+	gatewayKept     = 24 * time.Hour   // how long a gateway without link stays listed
+	freshnessGrace  = 15 * time.Second // after a start, and after a link's end: tunnels are not believed down yet
 )
 
 // Manager is the control plane's side of the federation.
@@ -435,8 +436,14 @@ func (m *Manager) alarm(kind string, cluster federation.ClusterName, text string
 	m.changedLocked()
 }
 
+// alarmLocked keeps and logs an alarm. A peer can cause them, so what exceeds alarmsPerMinute is dropped.
 func (m *Manager) alarmLocked(kind string, cluster federation.ClusterName, text string) {
+	now := m.now()
+	if n := len(m.alarms); n >= alarmsPerMinute && now.Sub(m.alarms[n-alarmsPerMinute].At) < time.Minute {
+		m.log.Debug("alarm dropped", "kind", kind, "cluster", cluster.String(), "text", text)
+		return
+	}
 	m.log.Warn("alarm", "kind", kind, "cluster", cluster.String(), "text", text)
-	alarms := append(append([]Alarm(nil), m.alarms...), Alarm{At: m.now(), Cluster: cluster, Kind: kind, Text: text})
+	alarms := append(append([]Alarm(nil), m.alarms...), Alarm{At: now, Cluster: cluster, Kind: kind, Text: text})
 	m.alarms = alarms[max(0, len(alarms)-maxAlarms):]
 }

@@ -223,9 +223,16 @@ func (m *Manager) handle(ctx context.Context, q *controlpb.Query) ([]byte, error
 	}
 	m.mu.Lock()
 	p := m.peers[td]
-	allowed := p != nil && (p.rec.State == StateReady || p.rec.State == StateJoining && joiningMethod(q.GetMethod()))
+	state := State("")
+	if p != nil {
+		state = p.rec.State
+	}
 	m.mu.Unlock()
-	if !allowed {
+	switch {
+	case state == StateReady, state == StateJoining && joiningMethod(q.GetMethod()):
+	case state == StateJoining:
+		return nil, problem.New(problem.ProbeFailed, "%s is joining here; probes have not crossed both ways yet", td).Retry()
+	default:
 		return nil, problem.New(problem.TrustRefused, "%s is not a ready member here", td)
 	}
 	h, ok := m.handlers.Load(q.GetMethod())
@@ -233,6 +240,12 @@ func (m *Manager) handle(ctx context.Context, q *controlpb.Query) ([]byte, error
 		return nil, problem.New(problem.VersionSkew, "no method %.40q", printable(q.GetMethod()))
 	}
 	return h.(Handler)(ctx, td, q.GetBody())
+}
+
+// forNow reports whether the same question may be answered later: no tunnel, no answer in time, or the peer sees us joining still.
+func forNow(err error) bool {
+	return problem.Is(err, problem.ClusterUnreachable) || problem.Is(err, problem.ProbeFailed) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
 }
 
 func joiningMethod(method string) bool {

@@ -138,9 +138,9 @@ func (m *Manager) upLocked(td spiffeid.TrustDomain) bool {
 	return slices.ContainsFunc(m.tunnelsLocked(td), func(t Tunnel) bool { return t.GetState() == "up" })
 }
 
-// sameView compares everything but the revision. Bundles, catalogs and tunnels are immutable and compared by pointer.
+// sameView compares everything but the revision. Catalogs and tunnels are immutable and compared by pointer.
 func sameView(a, b *View) bool {
-	if len(a.Peers) != len(b.Peers) || len(a.Gateways) != len(b.Gateways) || len(a.Alarms) != len(b.Alarms) || a.ownBundle != b.ownBundle {
+	if len(a.Peers) != len(b.Peers) || len(a.Gateways) != len(b.Gateways) || len(a.Alarms) != len(b.Alarms) || !sameBundle(a.ownBundle, b.ownBundle) {
 		return false
 	}
 	if n := len(a.Alarms); n > 0 && a.Alarms[n-1] != b.Alarms[n-1] {
@@ -159,9 +159,13 @@ func sameView(a, b *View) bool {
 	return true
 }
 
+func sameBundle(a, b *trust.Bundle) bool {
+	return a == b || a != nil && b != nil && a.Sequence() == b.Sequence() && a.Hash() == b.Hash()
+}
+
 func samePeer(a, b *Peer) bool {
 	return a.TrustDomain == b.TrustDomain && a.Cluster == b.Cluster && a.Federation == b.Federation && a.Region == b.Region &&
-		a.State == b.State && a.Reason == b.Reason && a.Bundle == b.Bundle && a.BundleHash == b.BundleHash &&
+		a.State == b.State && a.Reason == b.Reason && sameBundle(a.Bundle, b.Bundle) && a.BundleHash == b.BundleHash &&
 		a.Catalog == b.Catalog && a.Freshness == b.Freshness && a.Conflict == b.Conflict && a.Refused == b.Refused &&
 		a.TunnelUp == b.TunnelUp && a.OfferedByUs == b.OfferedByUs && a.IntroducedBy == b.IntroducedBy &&
 		a.Since.Equal(b.Since) && a.Joined.Equal(b.Joined) && a.Expires.Equal(b.Expires) && a.Version == b.Version && a.ClockSkew == b.ClockSkew &&

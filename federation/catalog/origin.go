@@ -292,7 +292,9 @@ func (o *Origin) Meet(sh *controlpb.SignedHead, bundles *trust.Bundles) error {
 	if err != nil {
 		return &HeadError{Reason: "malformed", Err: err}
 	}
-	if h, err = VerifyHead(sh, bundles, o.cfg.Self, h.Consumer, o.cfg.Now()); err != nil {
+	// as of its own time: the backup may be older than the signer's certificate lived, and believing an old head of ours only
+	// raises our epoch, within bounds
+	if h, err = VerifyHead(sh, bundles, o.cfg.Self, h.Consumer, h.IssuedAt); err != nil {
 		return err
 	}
 	o.mu.Lock()

@@ -36,7 +36,8 @@ func FuzzParseToken(f *testing.F) {
 	})
 }
 
-// FuzzFrames gives every step of both machines arbitrary bytes: errors only.
+// FuzzFrames gives every step of both machines arbitrary bytes: errors only. Nonces and signatures are random, so that coverage is
+// not reproducible: run it with -fuzzminimizetime 10x.
 func FuzzFrames(f *testing.F) {
 	c := newTalk(f)
 	d, err := join.NewDialler(join.DiallerConfig{Self: c.eu.self, Token: c.token, JoinerKey: c.eu.key, Opened: c.diallerOpened, Now: now})

@@ -29,6 +29,7 @@ type keptBody struct {
 	whole   bool      // buf has everything since offset 0
 	keep    bool      // a further attempt is possible
 	want    bool      // a reader waits for more
+	reading bool      // a read of the source is in progress
 	err     error     // of the source: final
 	stopped bool      // the handler returns
 	current *attemptBody
