@@ -34,7 +34,8 @@ soak: build
 	STRAIT_E2E=1 STRAIT_SOAK=1 $(GO) test -count=1 -timeout 90m ./e2e/...
 
 bench: build
-	$(GO) run ./e2e/bench
+	sh e2e/setup.sh bench
+	STRAIT_BENCH=1 $(GO) test -count=1 -timeout 15m -v -run TestBench ./e2e/bench
 
 fuzz:
 	sh .ci/fuzz.sh $(FUZZTIME)
