@@ -233,10 +233,18 @@ func (e *Error) Human() string {
 	}
 	line("why", e.Reason())
 	line("fix", strings.Join(e.Fixes(), "\n"))
-	state := e.State
-	if state == "" {
-		state = "nothing was changed."
-	}
-	line("state", state+" More: strait explain "+string(e.Code))
+	line("state", e.Condition()+" More: strait explain "+string(e.Code))
 	return b.String()
+}
+
+// Condition is the state that things are in now, as a sentence.
+func (e *Error) Condition() string {
+	switch state := strings.TrimSpace(e.State); {
+	case state == "":
+		return "nothing was changed."
+	case strings.HasSuffix(state, "."):
+		return state
+	default:
+		return state + "."
+	}
 }

@@ -25,6 +25,18 @@ func accessIssueRun(ctx context.Context, e *env, name, role, out string, ttl tim
 	if out == "" {
 		out = name
 	}
+	if err := os.MkdirAll(out, 0o700); err != nil {
+		return problem.New(problem.Usage, "%v", err)
+	}
+	files := map[string]*secretFile{}
+	for _, name := range []string{"operator.pem", "bundle.json", "api.pem", "api-ca.pem"} {
+		f, err := reserveSecret(filepath.Join(out, name), "--out")
+		if err != nil {
+			return err
+		}
+		defer f.discard()
+		files[name] = f
+	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -51,13 +63,10 @@ func accessIssueRun(ctx context.Context, e *env, name, role, out string, ttl tim
 	for _, der := range r.ChainDer {
 		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})...)
 	}
-	if err := os.MkdirAll(out, 0o700); err != nil {
-		return problem.New(problem.Usage, "%v", err)
-	}
 	for file, data := range map[string][]byte{
 		"operator.pem": append(chain, keyPEM...), "bundle.json": r.BundleJwks, "api.pem": append(append([]byte(nil), r.ApiChainPem...), keyPEM...), "api-ca.pem": r.ApiCaPem,
 	} {
-		if err := writeSecret(filepath.Join(out, file), data); err != nil {
+		if err := files[file].keep(data); err != nil {
 			return err
 		}
 	}
@@ -83,7 +92,7 @@ func backupRun(ctx context.Context, e *env, out string) error {
 	if out != "-" {
 		f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
-			return problem.New(problem.Usage, "%v", err).WithWhy("a backup never overwrites a file")
+			return problem.New(problem.Usage, "%v", err).WithWhy("a backup never overwrites a file").WithFix("choose another --out")
 		}
 		defer f.Close()
 		w = f
@@ -120,7 +129,7 @@ func restoreRun(e *env, name string) error {
 	if name != "-" {
 		f, err := os.Open(name)
 		if err != nil {
-			return problem.New(problem.Usage, "%v", err)
+			return problem.New(problem.Usage, "%v", err).WithWhy("there is no such backup").WithFix("give a file that strait backup wrote, or - for standard input")
 		}
 		defer f.Close()
 		r = f

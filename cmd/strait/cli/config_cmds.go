@@ -57,11 +57,7 @@ func kindOf(name string) (resourceKind, error) {
 			return k, nil
 		}
 	}
-	var known []string
-	for _, k := range resourceKinds {
-		known = append(known, strings.ToLower(k.kind))
-	}
-	return resourceKind{}, problem.New(problem.Usage, "%q is no kind; known are %s", name, strings.Join(known, ", "))
+	return resourceKind{}, problem.New(problem.Usage, "%q is no kind", name).WithWhy("the kinds are %s", strings.Join(kindNames(), ", ")).WithFix("strait explain KIND describes one")
 }
 
 func (k resourceKind) in(d dynamic.Interface, ns string) dynamic.ResourceInterface {
@@ -111,7 +107,8 @@ func applyRun(ctx context.Context, e *env, files []string, dryRun string) error 
 		objects = append(objects, list...)
 	}
 	if len(objects) == 0 {
-		return problem.New(problem.InvalidObject, "no object in %s", strings.Join(files, ", "))
+		return problem.New(problem.InvalidObject, "no object in %s", strings.Join(files, ", ")).
+			WithWhy("nothing to apply is more often a mistake than meant").WithFix("name the file that has the objects")
 	}
 	for _, o := range objects {
 		k, err := kindOf(o.GetKind())
@@ -143,6 +140,9 @@ func invalidFile(e *env, err error) error {
 	if !errors.As(err, &list) {
 		return problem.New(problem.InvalidObject, "%v", err).WithState("nothing was written.")
 	}
+	if e.output == "json" || e.output == "jsonl" || e.output == "yaml" {
+		return list.Problem()
+	}
 	for _, f := range list {
 		fmt.Fprintln(e.err, f.Human())
 	}
@@ -170,7 +170,7 @@ func (e *env) readSources(files []string) ([]source, error) {
 		}
 		st, err := os.Stat(name)
 		if err != nil {
-			return nil, problem.New(problem.Usage, "%v", err)
+			return nil, problem.New(problem.Usage, "%v", err).WithWhy("-f names no file").WithFix("give a file, a directory, or - for standard input")
 		}
 		names := []string{name}
 		if st.IsDir() {
@@ -235,11 +235,7 @@ func newGetCmd(e *env) *cobra.Command {
 	return &cobra.Command{Use: "get KIND [NAME]", Short: "Get resources", Args: cobra.RangeArgs(1, 2),
 		Example: "  strait get workload\n  strait get failoverpolicy shop/checkout -o yaml",
 		ValidArgsFunction: func(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-			var kinds []string
-			for _, k := range resourceKinds {
-				kinds = append(kinds, strings.ToLower(k.kind))
-			}
-			return kinds, cobra.ShellCompDirectiveNoFileComp
+			return kindNames(), cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			name := ""

@@ -5,6 +5,7 @@ package cli
 import (
 	"context"
 	"log/slog"
+	"runtime/debug"
 	"time"
 
 	"github.com/strait-mesh/strait/controlplane"
@@ -13,16 +14,15 @@ import (
 
 // controlPlaneSettings is the section "controlplane" of strait.yaml.
 type controlPlaneSettings struct {
-	DataDir        string        `name:"data-dir" help:"data directory that strait init made"`
-	Listen         string        `name:"listen" default:":7400" help:"gRPC over mTLS: discovery, identity, operators"`
-	APIListen      string        `name:"api-listen" default:"127.0.0.1:7401" help:"configuration API"`
-	MetricsListen  string        `name:"metrics-listen" default:":7402" help:"metrics and health"`
-	Advertise      []string      `name:"advertise" help:"addresses of --listen that tokens name (default: the bound address)"`
-	CatalogTTL     time.Duration `name:"catalog-ttl" default:"60s" help:"freshness of catalog heads; they are signed again every third of it"`
-	SVIDTTL        time.Duration `name:"svid-ttl" default:"36h" help:"validity of the identities issued"`
-	JoinExpiry     time.Duration `name:"join-expiry" default:"24h" help:"how long an interrupted join may be resumed"`
-	OfflinePeerTTL time.Duration `name:"report-interval" default:"1s" help:"health report interval told to sidecars"`
-	LogLevel       string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
+	DataDir       string        `name:"data-dir" help:"data directory that strait init made"`
+	Listen        string        `name:"listen" default:":7400" help:"gRPC over mTLS: discovery, identity, operators"`
+	APIListen     string        `name:"api-listen" default:"127.0.0.1:7401" help:"configuration API"`
+	MetricsListen string        `name:"metrics-listen" default:":7402" help:"metrics and health"`
+	Advertise     []string      `name:"advertise" help:"addresses of --listen that tokens name (default: the bound address)"`
+	CatalogTTL    time.Duration `name:"catalog-ttl" default:"60s" help:"freshness of catalog heads; they are signed again every third of it"`
+	SVIDTTL       time.Duration `name:"svid-ttl" default:"36h" help:"validity of the identities issued"`
+	JoinExpiry    time.Duration `name:"join-expiry" default:"24h" help:"how long an interrupted join may be resumed"`
+	LogLevel      string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
 }
 
 func controlPlaneRun(ctx context.Context, e *env, args []string) error {
@@ -45,6 +45,9 @@ func controlPlaneRun(ctx context.Context, e *env, args []string) error {
 		return problem.New(problem.ConfigInvalid, "OTLP exporter: %v", err).WithFix("correct the OTEL_* variables")
 	}
 	defer stop()
+	if e.lookup("GOGC") == "" {
+		debug.SetGCPercent(50) // a mostly idle heap of caches: half the growth costs little CPU
+	}
 	cp, err := controlplane.New(controlplane.Config{
 		DataDir: s.DataDir, Listen: s.Listen, APIListen: s.APIListen, MetricsListen: s.MetricsListen, Advertise: s.Advertise,
 		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, Forward: forward, Logger: log,

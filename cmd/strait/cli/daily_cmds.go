@@ -78,6 +78,9 @@ func healthText(s *controlpb.ServiceSummary) string {
 	for _, p := range s.Providers {
 		parts = append(parts, fmt.Sprintf("%s %d/%d", p.Cluster, p.Health.GetHealthy(), p.Health.GetHealthy()+p.Health.GetUnhealthy()+p.Health.GetUnknown()))
 	}
+	if len(parts) == 0 {
+		return "-"
+	}
 	return strings.Join(parts, ", ")
 }
 

@@ -8,15 +8,22 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/strait-mesh/strait/controlplane/api"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/version"
 )
 
 func newExplainCmd(e *env) *cobra.Command {
-	return &cobra.Command{Use: "explain CODE", Short: "Explain a message code: cause and fix, offline", Args: cobra.ExactArgs(1),
-		Example: "  strait explain STR-2104\n  strait explain STR-2104 -o json",
+	return &cobra.Command{Use: "explain CODE|KIND[.FIELD]", Short: "Offline help for a message code or a resource field", Args: cobra.ExactArgs(1),
+		Long: `Explain a message code: its cause and its fix. Or a kind of the configuration API, or a field of it: its type, its limits and its
+default, by the schema that objects are judged by. Both come from the binary; nothing needs to run.`,
+		Example: "  strait explain STR-2104\n  strait explain failoverpolicy.spec.return",
 		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
-			return allCodes(), cobra.ShellCompDirectiveNoFileComp
+			codes := allCodes()
+			for _, k := range api.Kinds() {
+				codes = append(codes, strings.ToLower(k.Kind)+"\tkind")
+			}
+			return codes, cobra.ShellCompDirectiveNoFileComp
 		},
 		RunE: func(_ *cobra.Command, args []string) error { return explainRun(e, args[0]) }}
 }
@@ -29,14 +36,27 @@ func allCodes() []string {
 	return codes
 }
 
+func kindNames() []string {
+	var names []string
+	for _, k := range resourceKinds {
+		names = append(names, strings.ToLower(k.kind))
+	}
+	return names
+}
+
 func explainRun(e *env, code string) error {
-	code = strings.ToUpper(code)
-	if !strings.HasPrefix(code, "STR-") {
+	path := strings.Split(code, ".")
+	if k, ok := api.KindNamed(path[0]); ok {
+		return explainField(e, k, path[1:])
+	}
+	given := code
+	if code = strings.ToUpper(code); !strings.HasPrefix(code, "STR-") {
 		code = "STR-" + code
 	}
 	en, ok := problem.Lookup(problem.Code(code))
 	if !ok {
-		return problem.New(problem.NotFound, "no message has the code %s", code).WithFix("codes look like STR-2104; docs/reference/codes.md lists all")
+		return problem.New(problem.NotFound, "%s is neither a message code nor a kind", given).
+			WithWhy("codes look like STR-2104; kinds are %s", strings.Join(kindNames(), ", ")).WithFix("docs/reference/codes.md lists all codes")
 	}
 	if e.output != "table" && e.output != "wide" || e.jq != "" {
 		return e.print("MessageCode", en, &table{names: []string{code}})

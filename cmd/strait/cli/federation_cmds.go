@@ -33,7 +33,7 @@ for 15 minutes unless --ttl says otherwise. The token is a secret: it is written
 			req.TtlSeconds = int64(ttl / time.Second)
 			return tokenIssueRun(cmd.Context(), e, &req, out)
 		}}
-	issue.Flags().StringVar(&req.Cluster, "cluster", "", "name that the joining cluster must have (default: any)")
+	issue.Flags().StringVar(&req.Cluster, "cluster", "", "name that the joining cluster must have (required)")
 	issue.Flags().DurationVar(&ttl, "ttl", 15*time.Minute, "how long the token can be redeemed")
 	issue.Flags().StringSliceVar(&req.Sameness, "sameness", nil, "namespaces whose services of the joiner are the same as ours, or all")
 	issue.Flags().StringVar(&req.Approve, "approve", "auto", "auto, or manual: an operator approves the joiner")
@@ -68,6 +68,11 @@ func newGatewayTokenCmd(e *env) *cobra.Command {
 			if out == "" {
 				return problem.New(problem.Usage, "--out is missing").WithFix("strait token gateway %s --out FILE", args[0])
 			}
+			secret, err := reserveSecret(out, "--out")
+			if err != nil {
+				return err
+			}
+			defer secret.discard()
 			op, done, err := e.operator()
 			if err != nil {
 				return err
@@ -77,7 +82,7 @@ func newGatewayTokenCmd(e *env) *cobra.Command {
 			if err != nil {
 				return e.callError(err)
 			}
-			if err := writeSecret(out, []byte(strings.TrimRight(r.Token, "\n")+"\n")); err != nil {
+			if err := secret.keep([]byte(strings.TrimRight(r.Token, "\n") + "\n")); err != nil {
 				return err
 			}
 			fmt.Fprintln(e.out, out)
@@ -90,6 +95,14 @@ func newGatewayTokenCmd(e *env) *cobra.Command {
 }
 
 func tokenIssueRun(ctx context.Context, e *env, req *controlpb.TokenIssueRequest, out string) error {
+	var secret *secretFile
+	if out != "-" {
+		var err error
+		if secret, err = reserveSecret(out, "--out"); err != nil {
+			return err
+		}
+		defer secret.discard()
+	}
 	op, done, err := e.operator()
 	if err != nil {
 		return err
@@ -104,12 +117,12 @@ func tokenIssueRun(ctx context.Context, e *env, req *controlpb.TokenIssueRequest
 	if out == "-" {
 		fmt.Fprintln(e.out, strings.TrimRight(r.Token, "\n"))
 	} else {
-		if err := writeSecret(out, []byte(strings.TrimRight(r.Token, "\n")+"\n")); err != nil {
+		if err := secret.keep([]byte(strings.TrimRight(r.Token, "\n") + "\n")); err != nil {
 			return err
 		}
 		fmt.Fprintf(e.out, "%s\n", out)
 	}
-	e.progress("token %s: for %s, one use, expires in %s. On the joining cluster: strait join FILE", r.Id, orAny(req.Cluster), left)
+	e.progress("token %s: for %s, one use, expires in %s. On the joining cluster: strait join FILE", r.Id, req.Cluster, left)
 	if len(r.Addresses) == 0 {
 		e.progress("%s warn  no gateway address is known yet; the token carries none (start the gateway with --advertise)", e.glyph("warn"))
 	}
@@ -132,16 +145,36 @@ func samenessOf(list []string) []string {
 	return list
 }
 
-// writeSecret writes a file that only its owner may read and refuses to overwrite.
-func writeSecret(name string, data []byte) error {
+// secretFile is a file that only its owner may read. It is reserved before a secret is asked for, so that no secret is made
+// that cannot be kept.
+type secretFile struct {
+	f    *os.File
+	kept bool
+}
+
+// reserveSecret creates the file and refuses to overwrite one; flag is where its name came from.
+func reserveSecret(name, flag string) (*secretFile, error) {
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
-		return problem.New(problem.Usage, "%v", err).WithWhy("secrets never overwrite a file").WithFix("choose another --out")
+		return nil, problem.New(problem.Usage, "%v", err).WithWhy("secrets never overwrite a file").WithFix("choose another %s", flag)
 	}
-	if _, err := f.Write(data); err != nil {
-		return errors.Join(err, f.Close())
+	return &secretFile{f: f}, nil
+}
+
+func (s *secretFile) keep(data []byte) error {
+	s.kept = true
+	if _, err := s.f.Write(data); err != nil {
+		return errors.Join(err, s.f.Close())
 	}
-	return f.Close()
+	return s.f.Close()
+}
+
+// discard removes the file unless the secret was kept.
+func (s *secretFile) discard() {
+	if s != nil && !s.kept {
+		_ = s.f.Close()
+		_ = os.Remove(s.f.Name())
+	}
 }
 
 func tokenListRun(ctx context.Context, e *env) error {
@@ -316,7 +349,7 @@ func newMemberCmd(e *env) *cobra.Command {
 			Example: "  strait member describe eu-west\n  strait member describe eu-west -o json",
 			RunE:    func(cmd *cobra.Command, args []string) error { return memberDescribeRun(cmd.Context(), e, args[0]) }},
 		&cobra.Command{Use: "approve CLUSTER", Short: "Approve a joiner or a newcomer that was introduced", Args: cobra.ExactArgs(1),
-			Example: "  strait member approve ap-south\n  strait member list | grep awaiting-approval",
+			Example: "  strait member approve ap-south\n  strait member list -o json --jq '.members[] | select(.state==\"awaiting-approval\").cluster'",
 			RunE: func(cmd *cobra.Command, args []string) error {
 				return memberChange(cmd.Context(), e, args[0], "approved", func(op controlpb.OperatorClient, r *controlpb.MemberRequest) (*controlpb.Member, error) {
 					return op.MemberApprove(cmd.Context(), r)

@@ -76,19 +76,22 @@ func (e *env) printDocument(kind string, doc any) error {
 	return e.printPlain(value)
 }
 
-func (e *env) printPlain(value any) error {
-	switch e.output {
+func (e *env) printPlain(value any) error { return writePlain(e.out, e.output, value) }
+
+// writePlain writes maps, slices and scalars as YAML, as one line of JSON, or as indented JSON.
+func writePlain(w io.Writer, format string, value any) error {
+	switch format {
 	case "yaml":
 		text, err := yaml.Marshal(value)
 		if err != nil {
 			return err
 		}
-		_, err = e.out.Write(text)
+		_, err = w.Write(text)
 		return err
 	case "jsonl":
-		return json.NewEncoder(e.out).Encode(value)
+		return json.NewEncoder(w).Encode(value)
 	}
-	enc := json.NewEncoder(e.out)
+	enc := json.NewEncoder(w)
 	enc.SetIndent("", "  ")
 	return enc.Encode(value)
 }

@@ -43,14 +43,13 @@ func Reference(root *cobra.Command) map[string]string {
 }
 
 func writeCommand(b *strings.Builder, c *cobra.Command) {
-	if c.Hidden || c.Name() == "help" || c.Name() == "completion" {
+	if c.Hidden || c.Name() == "help" || !c.Runnable() && !c.HasSubCommands() {
 		return
 	}
 	if c.HasParent() {
 		fmt.Fprintf(b, "\n## %s\n\n%s.\n", c.CommandPath(), strings.TrimSuffix(c.Short, "."))
-		long, _, _ := strings.Cut(c.Long, "\n\nEXIT CODES")
-		if long != "" && long != c.Short+"." {
-			fmt.Fprintf(b, "\n%s\n", long)
+		if c.Long != "" && c.Long != c.Short+"." {
+			fmt.Fprintf(b, "\n%s\n", c.Long)
 		}
 		if !c.HasSubCommands() {
 			fmt.Fprintf(b, "\n```\n%s\n```\n", c.UseLine())

@@ -4,7 +4,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
+	straitschema "github.com/strait-mesh/strait/controlplane/schema"
 	"github.com/strait-mesh/strait/internal/problem"
 )
 
@@ -30,6 +30,7 @@ func Run(ctx context.Context, args []string, in io.Reader, out, errw io.Writer) 
 	if err == nil {
 		return problem.ExitOK
 	}
+	e.outputOfError(args)
 	return e.report(ctx, err)
 }
 
@@ -49,17 +50,45 @@ func (e *env) report(ctx context.Context, err error) int {
 		return problem.ExitInterrupted
 	}
 	p := problem.From(err)
-	if e.output == "json" {
-		enc := json.NewEncoder(e.err)
-		enc.SetIndent("", "  ")
-		_ = enc.Encode(map[string]any{
+	switch e.output {
+	case "json", "jsonl", "yaml":
+		doc := map[string]any{
 			"apiVersion": apiVersion, "kind": "Error", "code": p.Code, "title": p.Title(), "what": p.What, "why": p.Reason(),
-			"fix": p.Fixes(), "state": p.State, "retryable": p.Retryable, "cluster": p.Cluster, "object": p.Object, "field": p.Field,
-		})
-		return p.Exit()
+			"fix": p.Fixes(), "state": p.Condition(), "retryable": p.Retryable, "cluster": p.Cluster, "object": p.Object, "field": p.Field,
+		}
+		var found straitschema.Errors
+		if errors.As(err, &found) {
+			doc["findings"] = found
+		}
+		value, err := plainValue(doc)
+		if err == nil {
+			_ = writePlain(e.err, e.output, value)
+		}
+	default:
+		fmt.Fprint(e.err, p.Human())
 	}
-	fmt.Fprint(e.err, p.Human())
 	return p.Exit()
+}
+
+// outputOfError finds the format asked for when the command line was refused before it was read to its end.
+func (e *env) outputOfError(args []string) {
+	if e.output == "table" {
+		if v, ok := e.getenv("STRAIT_OUTPUT"); ok {
+			e.output = v
+		}
+	}
+	for i, a := range args {
+		switch {
+		case a == "--":
+			return
+		case (a == "-o" || a == "--output") && i+1 < len(args):
+			e.output = args[i+1]
+		case strings.HasPrefix(a, "--output="):
+			e.output = strings.TrimPrefix(a, "--output=")
+		case strings.HasPrefix(a, "-o") && len(a) > 2:
+			e.output = strings.TrimPrefix(a[2:], "=")
+		}
+	}
 }
 
 func newRoot(e *env) *cobra.Command {
@@ -98,13 +127,17 @@ func newRoot(e *env) *cobra.Command {
 			root.AddCommand(c)
 		}
 	}
-	root.SetHelpCommandGroupID("meta")
+	help := newHelpCmd(root)
+	help.GroupID = "meta"
+	root.SetHelpCommand(help)
+	root.SetHelpTemplate(helpTemplate)
+	root.AddCommand(topicCommands()...)
 	finish(root)
 	return root
 }
 
-// finish gives every command what the contract asks of all: an exit code table in its help, its usage errors with a
-// code, and a refusal of unknown subcommands that names the nearest.
+// finish gives every command what the contract asks of all: usage errors with a code, and a refusal of unknown
+// subcommands that names the nearest.
 func finish(c *cobra.Command) {
 	for _, sub := range c.Commands() {
 		finish(sub)
@@ -112,9 +145,7 @@ func finish(c *cobra.Command) {
 	if c.Long == "" {
 		c.Long = c.Short + "."
 	}
-	if !strings.Contains(c.Long, "EXIT CODES") {
-		c.Long += "\n\nEXIT CODES\n" + exitCodeTable
-	}
+	c.SuggestionsMinimumDistance = 2
 	if c.HasSubCommands() && c.RunE == nil && c.Run == nil {
 		c.Args = cobra.ArbitraryArgs
 		c.RunE = func(cmd *cobra.Command, args []string) error {
@@ -136,8 +167,17 @@ func finish(c *cobra.Command) {
 	}
 }
 
+// helpTemplate ends every help with the exit codes.
+const helpTemplate = `{{.Long | trimTrailingWhitespaces}}
+
+{{if or .Runnable .HasSubCommands}}{{.UsageString}}
+EXIT CODES
+` + exitCodeTable + `
+{{end}}`
+
 const exitCodeTable = `  0 done; 1 failed; 2 usage; 3 accepted but not ready in time; 4 authentication or trust refused; 5 not found;
-  6 checks found errors; 7 warnings with --fail-on=warning; 8 validation refused; 10 partial: some clusters unreachable`
+  6 checks found errors; 7 warnings with --fail-on=warning; 8 validation refused; 10 partial: some clusters unreachable;
+  130 interrupted`
 
 func usageError(cmd *cobra.Command, err error) error {
 	p := problem.New(problem.Usage, "%s: %v", cmd.CommandPath(), err)

@@ -4,9 +4,11 @@ package cli
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -21,16 +23,37 @@ var sections = []string{"cluster", "controlplane", "gateway", "sidecar"}
 func runCommands(e *env) []*cobra.Command {
 	cp := &cobra.Command{Use: "controlplane", Short: "Run the control plane of a cluster", DisableFlagParsing: true,
 		Example: "  strait controlplane --data-dir /var/lib/strait\n  strait controlplane config --data-dir /var/lib/strait",
-		RunE:    func(cmd *cobra.Command, args []string) error { return controlPlaneRun(cmd.Context(), e, args) }}
+		RunE: func(cmd *cobra.Command, args []string) error {
+			err := controlPlaneRun(cmd.Context(), e, args)
+			if err == nil && asksHelp(args) {
+				e.roleHelp(cmd)
+			}
+			return err
+		}}
 	cmds := []*cobra.Command{cp}
 	for _, role := range []struct{ name, short, example string }{
 		{"gateway", "Run a gateway (executes strait-proxy)", "  strait gateway --data-dir ./gateway --token-file ./us-east/tokens/gateway-1.token --control-plane 127.0.0.1:7400\n  strait gateway config"},
 		{"sidecar", "Run a sidecar (executes strait-proxy)", "  strait sidecar --data-dir ./web --token-file web.token --upstream shop/checkout=127.0.0.1:9001\n  strait sidecar config"},
 	} {
 		cmds = append(cmds, &cobra.Command{Use: role.name, Short: role.short, Example: role.example, DisableFlagParsing: true,
-			RunE: func(_ *cobra.Command, args []string) error { return execProxy(append([]string{role.name}, args...)) }})
+			RunE: func(cmd *cobra.Command, args []string) error {
+				if asksHelp(args) {
+					e.roleHelp(cmd)
+					fmt.Fprintln(e.out)
+				}
+				return execProxy(append([]string{role.name}, args...))
+			}})
 	}
 	return cmds
+}
+
+func asksHelp(args []string) bool {
+	return slices.ContainsFunc(args, func(a string) bool { return a == "-h" || a == "--help" || a == "-help" })
+}
+
+// roleHelp prints what the settings of a role do not say of themselves.
+func (e *env) roleHelp(cmd *cobra.Command) {
+	fmt.Fprintf(e.out, "%s\n\nExamples:\n%s\n\nEXIT CODES\n%s\n", cmd.Long, cmd.Example, exitCodeTable)
 }
 
 // execProxy replaces this process by strait-proxy, which lies beside it.
@@ -58,5 +81,5 @@ func (e *env) resolveRole(role string, cfg any, args []string) (done bool, err e
 }
 
 func metaCommands(e *env) []*cobra.Command {
-	return []*cobra.Command{newVersionCmd(e), newContextCmd(e), newReferenceCmd(e)}
+	return []*cobra.Command{newVersionCmd(e), newContextCmd(e), newCompletionCmd(e), newReferenceCmd(e)}
 }

@@ -264,11 +264,18 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 			return err
 		}
 	}
+	var secret *secretFile
+	if o.tokenOut != "" {
+		if secret, err = reserveSecret(o.tokenOut, "--token-out"); err != nil {
+			return err
+		}
+		defer secret.discard()
+	}
 	if err := e.applyObjects(ctx, false, objects...); err != nil {
 		return err
 	}
-	if o.tokenOut != "" {
-		if err := workloadToken(ctx, e, ns, o); err != nil {
+	if secret != nil {
+		if err := workloadToken(ctx, e, ns, o, secret); err != nil {
 			return err
 		}
 	}
@@ -276,7 +283,7 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 	return nil
 }
 
-func workloadToken(ctx context.Context, e *env, ns string, o workloadOptions) error {
+func workloadToken(ctx context.Context, e *env, ns string, o workloadOptions, secret *secretFile) error {
 	op, done, err := e.operator()
 	if err != nil {
 		return err
@@ -288,7 +295,7 @@ func workloadToken(ctx context.Context, e *env, ns string, o workloadOptions) er
 	if err != nil {
 		return e.callError(err)
 	}
-	if err := writeSecret(o.tokenOut, []byte(strings.TrimRight(r.Token, "\n")+"\n")); err != nil {
+	if err := secret.keep([]byte(strings.TrimRight(r.Token, "\n") + "\n")); err != nil {
 		return err
 	}
 	e.progress("token for the sidecar in %s; start it: strait sidecar --token-file %s --control-plane HOST:7400", o.tokenOut, o.tokenOut)
