@@ -70,8 +70,8 @@ func (d *dialer) close() {
 	}
 }
 
-// appPool holds the HTTP/2 connections to applications. Unlike the one of x/net it never waits between tries: a request
-// that an application refuses to look at twice is given back to its caller, who may have somewhere better to go.
+// appPool holds the HTTP/2 connections to applications. It gives one connection to each try: the transport would wait
+// between further ones, and the caller may have somewhere better to go.
 type appPool struct {
 	transport *http2.Transport
 	dial      func(context.Context, string) (net.Conn, error)
@@ -86,11 +86,8 @@ type place struct {
 	conns    []*http2.ClientConn // newest last; guarded by appPool.mu
 }
 
-// appTries is how often one request is sent to an application that provably did not look at it.
-const appTries = 2
-
 func (p *appPool) GetClientConn(r *nethttp.Request, address string) (*http2.ClientConn, error) {
-	if mark, ok := r.Context().Value(markKey{}).(*sentMark); ok && !mark.again(appTries) {
+	if mark, ok := r.Context().Value(markKey{}).(*sentMark); ok && !mark.again(1) {
 		return nil, errUnsent
 	}
 	p.mu.Lock()

@@ -26,6 +26,7 @@ func TestKeptBodyModel(t *testing.T) {
 		rand.NewChaCha8([32]byte{}).Read(data)
 		ended := false
 		b := newKeptBody(iotest.OneByteReader(bytes.NewReader(data)), int64(size), limit, 0, nil, func() { ended = true })
+		defer b.stop()
 		if size > 4096 {
 			b.src = bytes.NewReader(data)
 		}
@@ -61,7 +62,6 @@ func TestKeptBodyModel(t *testing.T) {
 				t.Fatalf("last reader: %d bytes, %v, trailers %v", len(all), err, ended)
 			}
 		}
-		b.stop()
 	})
 }
 

@@ -282,6 +282,9 @@ func (call *inCall) try(in *Instance, upgrade string) bool {
 			span.String(span.DstCluster, string(i.cfg.Self.Cluster)))
 	}
 	resp, mark, err := call.send(ctx, in, upgrade, s.Context())
+	if err != nil && mark.unseen() && !errors.Is(err, errDial) && ctx.Err() == nil && call.body.replayable() {
+		resp, mark, err = call.send(ctx, in, upgrade, s.Context()) // most likely a pooled connection that was ending
+	}
 	out := Outcome{GRPC: -1, Err: err}
 	answered := true
 	switch {
