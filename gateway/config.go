@@ -53,6 +53,9 @@ type Config struct {
 	Client  Client       // discovery, identity and the link; required
 	DataDir *datadir.Dir // offers are kept in catalogs/ below it; nil = nothing is kept
 
+	// HeadStart is how long a dial over QUIC has before TCP is tried beside it, 400 ms. Raising it delays the fallback where UDP
+	// does not pass, lowering it makes TCP win on long paths.
+	HeadStart time.Duration
 	// DrainGrace is how long open streams may go on after the stop was requested, 10 s. Raising it delays restarts.
 	DrainGrace time.Duration
 

@@ -128,7 +128,7 @@ func (g *Gateway) Run(ctx context.Context) error {
 func (g *Gateway) listen() (err error) {
 	g.tun, err = tunnel.Listen(tunnel.Config{
 		Name: g.cfg.Name, Cluster: string(g.cluster), Listen: g.cfg.Listen, Source: g.cfg.Client.Source(), Logger: g.log,
-		Now: g.cfg.Now, DisableUDP: g.cfg.DisableUDP, Dialable: len(g.cfg.Advertise) > 0, Stream: g.serveStream, Catalog: g.serveCatalog, Query: g.serveQuery,
+		Now: g.cfg.Now, DisableUDP: g.cfg.DisableUDP, HeadStart: g.cfg.HeadStart, Dialable: len(g.cfg.Advertise) > 0, Stream: g.serveStream, Catalog: g.serveCatalog, Query: g.serveQuery,
 		Join: g.serveJoin, Marker: g.remoteMarker, Draining: g.farDraining, Changed: g.tunnelsChanged,
 		Gossip: func(from string, c net.Conn) { g.gossip.DeliverStream(from, c) },
 		Packet: func(from string, b []byte) { g.gossip.Deliver(from, b) },

@@ -361,7 +361,7 @@ func TestUDPBlackHole(t *testing.T) {
 	west.start(func(c *gateway.Config) { c.DisableUDP = true })
 	hole := must(net.ListenPacket("udp", west.addrs.Listen)) // the same port: silence instead of a refusal
 	defer hole.Close()
-	east.start()
+	east.start(func(c *gateway.Config) { c.HeadStart = 0 })
 	west.exports(east, "checkout", "http")
 	west.serves("checkout", checkout.endpoint(1))
 	west.knows(east)

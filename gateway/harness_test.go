@@ -107,7 +107,7 @@ func (c *cluster) start(change ...func(*gateway.Config)) {
 	bound := make(chan gateway.Addrs, 1)
 	cfg := gateway.Config{Listen: "127.0.0.1:0", LocalListen: "127.0.0.1:0", MetricsListen: "127.0.0.1:0", Client: c.client,
 		Logger: logger(c.t).With("cluster", string(c.name)), Bound: func(a gateway.Addrs) { bound <- a },
-		DrainGrace: 200 * time.Millisecond}
+		DrainGrace: 200 * time.Millisecond, HeadStart: 10 * time.Second} // no TCP because this machine is busy
 	for _, f := range change {
 		f(&cfg)
 	}

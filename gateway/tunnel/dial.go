@@ -233,7 +233,7 @@ type attempt struct {
 	after     time.Duration
 }
 
-func attempts(addresses []string, udp, tcp bool) []attempt {
+func attempts(addresses []string, udp, tcp bool, headStart time.Duration) []attempt {
 	var out []attempt
 	for i, a := range addresses {
 		if i == 4 {
@@ -245,7 +245,7 @@ func attempts(addresses []string, udp, tcp bool) []attempt {
 		}
 		if tcp {
 			if udp {
-				at += tcpHeadStart
+				at += headStart
 			}
 			out = append(out, attempt{TCP, a, at})
 		}
@@ -255,11 +255,11 @@ func attempts(addresses []string, udp, tcp bool) []attempt {
 
 // race dials every address over both transports, QUIC with a head start; the first session that is complete wins.
 func (e *Endpoint) race(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error) {
-	return e.dialAny(ctx, td, attempts(addresses, e.quic != nil, true))
+	return e.dialAny(ctx, td, attempts(addresses, e.quic != nil, true, e.cfg.HeadStart))
 }
 
 func (e *Endpoint) raceQUIC(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error) {
-	return e.dialAny(ctx, td, attempts(addresses, e.quic != nil, false))
+	return e.dialAny(ctx, td, attempts(addresses, e.quic != nil, false, 0))
 }
 
 func (e *Endpoint) dialAny(ctx context.Context, td spiffeid.TrustDomain, list []attempt) (*Session, error) {

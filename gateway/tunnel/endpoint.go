@@ -32,8 +32,9 @@ type Config struct {
 	Logger     *slog.Logger     // nil = discard
 	Now        func() time.Time // wall clock, for certificates; nil = time.Now
 	Features   uint64
-	DisableUDP bool // neither listens nor dials QUIC
-	Dialable   bool // peers know an address of this gateway; else it never waits to be dialled
+	DisableUDP bool          // neither listens nor dials QUIC
+	HeadStart  time.Duration // of QUIC over TCP, 400 ms. Raising it delays the fallback, lowering it makes TCP win on long paths
+	Dialable   bool          // peers know an address of this gateway; else it never waits to be dialled
 
 	// Stream handles one interactive stream whose header was read. The stream is reset when it returns, unless it was
 	// closed before.
@@ -127,6 +128,9 @@ func Listen(cfg Config) (*Endpoint, error) {
 		sessions: make(map[*Session]struct{}), pending: make(map[[16]byte]*pendingSession),
 		dialers: make(map[dialKey]*dialer), bump: make(chan struct{}), lastErr: make(map[spiffeid.TrustDomain]string),
 		joins: make(map[*string]struct{}),
+	}
+	if e.cfg.HeadStart <= 0 {
+		e.cfg.HeadStart = tcpHeadStart
 	}
 	if e.cfg.Now == nil {
 		e.cfg.Now = time.Now

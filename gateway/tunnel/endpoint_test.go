@@ -71,6 +71,9 @@ func (d *domain) run(t *testing.T, cfg Config, others ...*domain) *end {
 		cfg.Listen = "127.0.0.1:0"
 	}
 	cfg.Name, cfg.Cluster = "gw-1", d.name
+	if cfg.HeadStart == 0 {
+		cfg.HeadStart = 10 * time.Second // no TCP because this machine is busy
+	}
 	if cfg.Source == nil {
 		cfg.Source = d.source(must(spiffeid.Gateway(d.td, "gw-1")), others...)
 	}

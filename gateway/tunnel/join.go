@@ -184,7 +184,7 @@ func newJoinTCP(c *tls.Conn) *JoinConn {
 
 // DialJoin opens a conversation with the first of addresses that answers as config wants it, QUIC with a head start.
 func (e *Endpoint) DialJoin(ctx context.Context, addresses []string, config *tls.Config) (*JoinConn, error) {
-	return raceAttempts(ctx, attempts(addresses, e.quic != nil, true),
+	return raceAttempts(ctx, attempts(addresses, e.quic != nil, true, e.cfg.HeadStart),
 		func(ctx context.Context, a attempt) (*JoinConn, error) { return e.dialJoin(ctx, a, config) }, (*JoinConn).Close)
 }
 

@@ -99,7 +99,7 @@ func (p *path) forwardTCP() {
 // TestUDPDiesMidLife has UDP swallowed under a live session: at most 3 s until a TCP session carries (F8).
 func TestUDPDiesMidLife(t *testing.T) {
 	a, b := newDomain(t, "aa"), newDomain(t, "bb")
-	x, y := a.run(t, Config{}, b), b.run(t, Config{}, a)
+	x, y := a.run(t, Config{HeadStart: tcpHeadStart}, b), b.run(t, Config{}, a)
 	way := newPath(t, y.Addr().String())
 	defer x.stop() // before the path waits for its connections
 	defer y.stop()

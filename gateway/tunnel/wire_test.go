@@ -153,7 +153,7 @@ func TestRace(t *testing.T) {
 		takes time.Duration
 		fails bool
 	}
-	list := attempts([]string{"a"}, true, true) // QUIC at 0, TCP at 400 ms
+	list := attempts([]string{"a"}, true, true, tcpHeadStart) // QUIC at 0, TCP at 400 ms
 	for _, c := range []struct {
 		name      string
 		quic, tcp act
