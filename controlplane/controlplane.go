@@ -47,6 +47,7 @@ type Config struct {
 	CatalogTTL    time.Duration
 	SVIDTTL       time.Duration // 36 h
 	JoinExpiry    time.Duration // 24 h
+	AllowLoopback bool          // accept loopback addresses of peers' gateways: federations on one machine
 	Forward       func([]*tracepb.ResourceSpans)
 	Now           func() time.Time
 	Logger        *slog.Logger
@@ -174,7 +175,7 @@ func (c *ControlPlane) parts() (err error) {
 			return p.ID, ok
 		},
 		Objects: peerObjects{c}, GatewayAddresses: c.gatewayAddresses, Introducers: c.introducers,
-		CatalogTTL: c.cfg.CatalogTTL, JoinExpiry: c.cfg.JoinExpiry, AllowLoopback: true,
+		CatalogTTL: c.cfg.CatalogTTL, JoinExpiry: c.cfg.JoinExpiry, AllowLoopback: c.cfg.AllowLoopback,
 		Version: version.String(), Now: c.now, Logger: c.log,
 	})
 	return err
@@ -232,6 +233,13 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 			}
 		})
 	}
+	wg.Go(func() {
+		select {
+		case <-ctx.Done():
+		case <-c.api.Failed():
+			cancel(fmt.Errorf("configuration API: %w", c.api.Err()))
+		}
+	})
 	if err := c.publish(); err != nil {
 		cancel(err)
 	}

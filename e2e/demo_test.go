@@ -123,7 +123,7 @@ func TestDemo(t *testing.T) {
 	why("ap-south 100%")
 	d.trafficOK("after checkout@us-east and eu-west were broken")
 	d.must("demo", "heal")
-	why("us-east  4/4", "eu-west  6/6")
+	why("4/4", "6/6", "2/2")
 	d.must("demo", "break", "tunnel:us-east-eu-west")
 	harness.Eventually(t, 10*time.Second, "status to show the cut tunnel", func() error {
 		out, _, code := d.strait("status")

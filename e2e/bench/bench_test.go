@@ -103,7 +103,9 @@ func ratioRow(what string, ours, base float64, unit, name string) row {
 }
 
 func print(t *testing.T, rows []row) {
-	sort.SliceStable(rows, func(i, j int) bool { return strings.HasPrefix(rows[j].what, "RSS") && !strings.HasPrefix(rows[i].what, "RSS") })
+	sort.SliceStable(rows, func(i, j int) bool {
+		return strings.HasPrefix(rows[j].what, "RSS") && !strings.HasPrefix(rows[i].what, "RSS")
+	})
 	var b strings.Builder
 	b.WriteString("\n| What | Strait | Baseline | Ratio |\n|---|---|---|---|\n")
 	for _, r := range rows {

@@ -243,7 +243,7 @@ func (c *Cluster) Init() {
 func (c *Cluster) StartControlPlane(extra ...string) {
 	c.fed.T.Helper()
 	ip := c.prefix + ".1"
-	args := []string{"controlplane", "--data-dir", c.Dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}
+	args := []string{"controlplane", "--allow-loopback", "--data-dir", c.Dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}
 	if c.fed.opts.CatalogTTL > 0 {
 		args = append(args, "--catalog-ttl", c.fed.opts.CatalogTTL.String())
 	}

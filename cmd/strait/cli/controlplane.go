@@ -22,6 +22,7 @@ type controlPlaneSettings struct {
 	CatalogTTL    time.Duration `name:"catalog-ttl" default:"60s" help:"freshness of catalog heads; they are signed again every third of it"`
 	SVIDTTL       time.Duration `name:"svid-ttl" default:"36h" help:"validity of the identities issued"`
 	JoinExpiry    time.Duration `name:"join-expiry" default:"24h" help:"how long an interrupted join may be resumed"`
+	AllowLoopback bool          `name:"allow-loopback" help:"accept loopback addresses of other clusters' gateways: for federations on one machine"`
 	LogLevel      string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
 }
 
@@ -50,7 +51,7 @@ func controlPlaneRun(ctx context.Context, e *env, args []string) error {
 	}
 	cp, err := controlplane.New(controlplane.Config{
 		DataDir: s.DataDir, Listen: s.Listen, APIListen: s.APIListen, MetricsListen: s.MetricsListen, Advertise: s.Advertise,
-		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, Forward: forward, Logger: log,
+		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, AllowLoopback: s.AllowLoopback, Forward: forward, Logger: log,
 	})
 	if err != nil {
 		return err

@@ -87,7 +87,7 @@ func (d *Demo) startControlPlane(ctx context.Context, r *region) error {
 	}
 	ip := r.prefix + ".1"
 	r.controlPlane = &process{name: r.cluster + "/controlplane", dir: r.dir, log: filepath.Join(d.dir, "log", r.cluster+"-controlplane.log"),
-		args: []string{"controlplane", "--data-dir", r.dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}}
+		args: []string{"controlplane", "--allow-loopback", "--data-dir", r.dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}}
 	if err := d.spawn.start(r.controlPlane); err != nil {
 		return err
 	}
