@@ -383,6 +383,14 @@ func (x *exchange) finishSpan() {
 	}
 }
 
+// protocolLabel is the label of a connection's protocol, in the words of exchange.protocol.
+func protocolLabel(alpn string) string {
+	if alpn == ProtoH2 {
+		return "h2"
+	}
+	return "http1"
+}
+
 // methodLabel folds methods that nobody knows.
 func methodLabel(m string) string {
 	switch m {

@@ -158,11 +158,7 @@ func (i *Inbound) ServeConn(ctx context.Context, c net.Conn, peer spiffeid.ID) {
 		c.Close()
 		return
 	}
-	label := proto
-	if label == "" {
-		label = ProtoHTTP1
-	}
-	closed := i.cfg.Metrics.Open("inbound", label, i.cfg.PeerCluster(peer), string(i.cfg.Self.Cluster))
+	closed := i.cfg.Metrics.Open("inbound", protocolLabel(proto), i.cfg.PeerCluster(peer), string(i.cfg.Self.Cluster))
 	i.server.serve(ctx, c, proto, peer)
 	closed("end")
 }

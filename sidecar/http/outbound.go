@@ -69,7 +69,7 @@ func NewOutbound(cfg OutboundConfig) (*Outbound, error) {
 	o := &Outbound{cfg: cfg}
 	o.server = newServer(cfg.Limits, o.handle)
 	o.server.opened = func(proto string) func(string) {
-		return cfg.Metrics.Open("outbound", proto, string(cfg.Self.Cluster), "")
+		return cfg.Metrics.Open("outbound", protocolLabel(proto), string(cfg.Self.Cluster), "")
 	}
 	return o, nil
 }
