@@ -44,191 +44,196 @@ var apps = []struct {
 	{"h2c", backendH2C, 1},
 }
 
-// TestExchanges: each row is what a backend does with a request and what the client must see, for every pairing of
-// protocols in front and behind.
+// payload is what large bodies carry, and sum is its checksum.
+var payload, sum = func() ([]byte, string) {
+	p := make([]byte, 10<<20)
+	rand.NewChaCha8([32]byte{7}).Read(p)
+	return p, fmt.Sprintf("%x", sha256.Sum256(p))
+}()
+
+// exchanges: each row is what a backend does with a request and what the client must see.
+var exchanges = []struct {
+	name    string
+	backend nethttp.HandlerFunc
+	request func() *nethttp.Request
+	check   func(*testing.T, *nethttp.Response, []byte)
+}{{
+	name: "get with query and headers",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header().Set("X-App", "yes")
+		w.Header().Add("Set-Cookie", "a=1")
+		w.Header().Add("Set-Cookie", "b=2")
+		fmt.Fprintf(w, "%s %s %s %s", r.Method, r.Host, r.RequestURI, strings.Join(r.Header["X-Multi"], "|"))
+	},
+	request: func() *nethttp.Request {
+		r := newRequest("GET", "/a%20b/c?x=1&y=%2F;z", nil)
+		r.Header["X-Multi"] = []string{"1", "2"}
+		return r
+	},
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if got, want := string(body), "GET checkout.shop /a%20b/c?x=1&y=%2F;z 1|2"; got != want {
+			t.Errorf("backend saw %q, want %q", got, want)
+		}
+		if resp.Header.Get("X-App") != "yes" || len(resp.Header["Set-Cookie"]) != 2 {
+			t.Errorf("response headers: %v", resp.Header)
+		}
+	},
+}, {
+	name: "no content type is not guessed",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header()["Content-Type"] = nil
+		io.WriteString(w, "<html>")
+	},
+	request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if _, ok := resp.Header["Content-Type"]; ok || string(body) != "<html>" {
+			t.Errorf("content type %q, body %q", resp.Header.Get("Content-Type"), body)
+		}
+	},
+}, {
+	name: "no user agent is invented",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		fmt.Fprintf(w, "%q", r.Header["User-Agent"])
+	},
+	request: func() *nethttp.Request {
+		r := newRequest("GET", "/", nil)
+		r.Header["User-Agent"] = []string{""}
+		return r
+	},
+	check: func(t *testing.T, _ *nethttp.Response, body []byte) {
+		if string(body) != "[]" {
+			t.Errorf("user agent %s", body)
+		}
+	},
+}, {
+	name: "10 MiB both ways with declared length",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		h := sha256.New()
+		n, err := io.Copy(h, r.Body)
+		w.Header().Set("X-Sum", fmt.Sprintf("%x %d %v", h.Sum(nil), n, err))
+		w.Header().Set("Content-Length", fmt.Sprint(len(payload)))
+		w.Write(payload)
+	},
+	request: func() *nethttp.Request { return newRequest("POST", "/", bytes.NewReader(payload)) },
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if got, want := resp.Header.Get("X-Sum"), fmt.Sprintf("%s %d <nil>", sum, len(payload)); got != want {
+			t.Errorf("backend received %s, want %s", got, want)
+		}
+		if got := fmt.Sprintf("%x", sha256.Sum256(body)); got != sum || resp.ContentLength != int64(len(payload)) {
+			t.Errorf("client received %d bytes of %s, declared %d", len(body), got, resp.ContentLength)
+		}
+	},
+}, {
+	name: "10 MiB both ways without length",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		nethttp.NewResponseController(w).EnableFullDuplex()
+		io.Copy(w, r.Body)
+	},
+	request: func() *nethttp.Request { return newRequest("PUT", "/", io.MultiReader(bytes.NewReader(payload))) },
+	check: func(t *testing.T, _ *nethttp.Response, body []byte) {
+		if got := fmt.Sprintf("%x", sha256.Sum256(body)); got != sum {
+			t.Errorf("echoed %d bytes, sum %s", len(body), got)
+		}
+	},
+}, {
+	name: "trailers both ways",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header().Set("Trailer", "X-Declared")
+		io.Copy(io.Discard, r.Body)
+		fmt.Fprintf(w, "got %s", r.Trailer.Get("X-Up"))
+		w.Header().Set("X-Declared", "one")
+		w.Header().Set(nethttp.TrailerPrefix+"X-Undeclared", "two")
+	},
+	request: func() *nethttp.Request {
+		r := newRequest("POST", "/", io.MultiReader(strings.NewReader("body")))
+		r.Trailer = nethttp.Header{"X-Up": {"sent"}}
+		return r
+	},
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if string(body) != "got sent" || resp.Trailer.Get("X-Declared") != "one" || resp.Trailer.Get("X-Undeclared") != "two" {
+			t.Errorf("body %q, trailers %v", body, resp.Trailer)
+		}
+	},
+}, {
+	name:    "head",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { w.Header().Set("Content-Length", "1234") },
+	request: func() *nethttp.Request { return newRequest("HEAD", "/", nil) },
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if resp.StatusCode != 200 || resp.ContentLength != 1234 || len(body) != 0 {
+			t.Errorf("status %d, length %d, body %d", resp.StatusCode, resp.ContentLength, len(body))
+		}
+	},
+}, {
+	name:    "204",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { w.WriteHeader(204) },
+	request: func() *nethttp.Request { return newRequest("DELETE", "/", nil) },
+	check:   status(204, ""),
+}, {
+	name: "304",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header().Set("Etag", `"x"`)
+		w.WriteHeader(304)
+	},
+	request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
+	check:   status(304, ""),
+}, {
+	name:    "redirects are the client's business",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { nethttp.Redirect(w, r, "/else", 302) },
+	request: func() *nethttp.Request { return newRequest("POST", "/", strings.NewReader("x")) },
+	check:   func(t *testing.T, resp *nethttp.Response, _ []byte) { status(302, "-")(t, resp, nil) },
+}, {
+	name:    "an application's own 500 and body",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { nethttp.Error(w, "mine", 500) },
+	request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
+	check:   status(500, "mine\n"),
+}, {
+	name: "empty chunked post",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		fmt.Fprint(w, n, err)
+	},
+	request: func() *nethttp.Request { return newRequest("POST", "/", io.MultiReader(strings.NewReader(""))) },
+	check:   status(200, "0 <nil>"),
+}, {
+	name: "early hints",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header().Set("Link", "</style.css>")
+		w.WriteHeader(103)
+		w.Header().Del("Link")
+		io.WriteString(w, "after")
+	},
+	request: func() *nethttp.Request {
+		r := newRequest("GET", "/", nil)
+		got := &httptrace.ClientTrace{Got1xxResponse: func(code int, h textproto.MIMEHeader) error {
+			r.Header["Seen"] = append(r.Header["Seen"], fmt.Sprint(code, h.Get("Link")))
+			return nil
+		}}
+		*r = *r.WithContext(httptrace.WithClientTrace(r.Context(), got))
+		return r
+	},
+	check: func(t *testing.T, resp *nethttp.Response, body []byte) {
+		if seen := resp.Request.Header["Seen"]; len(seen) != 1 || seen[0] != "103</style.css>" || string(body) != "after" || resp.Header.Get("Link") != "" {
+			t.Errorf("informational %q, body %q, link %q", seen, body, resp.Header.Get("Link"))
+		}
+	},
+}, {
+	name: "early answer to a large body",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		w.Header().Set("Connection", "close")
+		w.WriteHeader(413)
+		io.WriteString(w, "too large")
+	},
+	request: func() *nethttp.Request { return newRequest("POST", "/", bytes.NewReader(payload)) },
+	check:   status(413, "too large"),
+}}
+
+// TestExchanges runs the rows for every pairing of protocols in front and behind.
 func TestExchanges(t *testing.T) {
-	payload := make([]byte, 10<<20)
-	rand.NewChaCha8([32]byte{7}).Read(payload)
-	sum := fmt.Sprintf("%x", sha256.Sum256(payload))
-	rows := []struct {
-		name    string
-		backend nethttp.HandlerFunc
-		request func() *nethttp.Request
-		check   func(*testing.T, *nethttp.Response, []byte)
-	}{{
-		name: "get with query and headers",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header().Set("X-App", "yes")
-			w.Header().Add("Set-Cookie", "a=1")
-			w.Header().Add("Set-Cookie", "b=2")
-			fmt.Fprintf(w, "%s %s %s %s", r.Method, r.Host, r.RequestURI, strings.Join(r.Header["X-Multi"], "|"))
-		},
-		request: func() *nethttp.Request {
-			r := newRequest("GET", "/a%20b/c?x=1&y=%2F;z", nil)
-			r.Header["X-Multi"] = []string{"1", "2"}
-			return r
-		},
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if got, want := string(body), "GET checkout.shop /a%20b/c?x=1&y=%2F;z 1|2"; got != want {
-				t.Errorf("backend saw %q, want %q", got, want)
-			}
-			if resp.Header.Get("X-App") != "yes" || len(resp.Header["Set-Cookie"]) != 2 {
-				t.Errorf("response headers: %v", resp.Header)
-			}
-		},
-	}, {
-		name: "no content type is not guessed",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header()["Content-Type"] = nil
-			io.WriteString(w, "<html>")
-		},
-		request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if _, ok := resp.Header["Content-Type"]; ok || string(body) != "<html>" {
-				t.Errorf("content type %q, body %q", resp.Header.Get("Content-Type"), body)
-			}
-		},
-	}, {
-		name: "no user agent is invented",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			fmt.Fprintf(w, "%q", r.Header["User-Agent"])
-		},
-		request: func() *nethttp.Request {
-			r := newRequest("GET", "/", nil)
-			r.Header["User-Agent"] = []string{""}
-			return r
-		},
-		check: func(t *testing.T, _ *nethttp.Response, body []byte) {
-			if string(body) != "[]" {
-				t.Errorf("user agent %s", body)
-			}
-		},
-	}, {
-		name: "10 MiB both ways with declared length",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			h := sha256.New()
-			n, err := io.Copy(h, r.Body)
-			w.Header().Set("X-Sum", fmt.Sprintf("%x %d %v", h.Sum(nil), n, err))
-			w.Header().Set("Content-Length", fmt.Sprint(len(payload)))
-			w.Write(payload)
-		},
-		request: func() *nethttp.Request { return newRequest("POST", "/", bytes.NewReader(payload)) },
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if got, want := resp.Header.Get("X-Sum"), fmt.Sprintf("%s %d <nil>", sum, len(payload)); got != want {
-				t.Errorf("backend received %s, want %s", got, want)
-			}
-			if got := fmt.Sprintf("%x", sha256.Sum256(body)); got != sum || resp.ContentLength != int64(len(payload)) {
-				t.Errorf("client received %d bytes of %s, declared %d", len(body), got, resp.ContentLength)
-			}
-		},
-	}, {
-		name: "10 MiB both ways without length",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			nethttp.NewResponseController(w).EnableFullDuplex()
-			io.Copy(w, r.Body)
-		},
-		request: func() *nethttp.Request { return newRequest("PUT", "/", io.MultiReader(bytes.NewReader(payload))) },
-		check: func(t *testing.T, _ *nethttp.Response, body []byte) {
-			if got := fmt.Sprintf("%x", sha256.Sum256(body)); got != sum {
-				t.Errorf("echoed %d bytes, sum %s", len(body), got)
-			}
-		},
-	}, {
-		name: "trailers both ways",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header().Set("Trailer", "X-Declared")
-			io.Copy(io.Discard, r.Body)
-			fmt.Fprintf(w, "got %s", r.Trailer.Get("X-Up"))
-			w.Header().Set("X-Declared", "one")
-			w.Header().Set(nethttp.TrailerPrefix+"X-Undeclared", "two")
-		},
-		request: func() *nethttp.Request {
-			r := newRequest("POST", "/", io.MultiReader(strings.NewReader("body")))
-			r.Trailer = nethttp.Header{"X-Up": {"sent"}}
-			return r
-		},
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if string(body) != "got sent" || resp.Trailer.Get("X-Declared") != "one" || resp.Trailer.Get("X-Undeclared") != "two" {
-				t.Errorf("body %q, trailers %v", body, resp.Trailer)
-			}
-		},
-	}, {
-		name:    "head",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { w.Header().Set("Content-Length", "1234") },
-		request: func() *nethttp.Request { return newRequest("HEAD", "/", nil) },
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if resp.StatusCode != 200 || resp.ContentLength != 1234 || len(body) != 0 {
-				t.Errorf("status %d, length %d, body %d", resp.StatusCode, resp.ContentLength, len(body))
-			}
-		},
-	}, {
-		name:    "204",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { w.WriteHeader(204) },
-		request: func() *nethttp.Request { return newRequest("DELETE", "/", nil) },
-		check:   status(204, ""),
-	}, {
-		name: "304",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header().Set("Etag", `"x"`)
-			w.WriteHeader(304)
-		},
-		request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
-		check:   status(304, ""),
-	}, {
-		name:    "redirects are the client's business",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { nethttp.Redirect(w, r, "/else", 302) },
-		request: func() *nethttp.Request { return newRequest("POST", "/", strings.NewReader("x")) },
-		check:   func(t *testing.T, resp *nethttp.Response, _ []byte) { status(302, "-")(t, resp, nil) },
-	}, {
-		name:    "an application's own 500 and body",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { nethttp.Error(w, "mine", 500) },
-		request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
-		check:   status(500, "mine\n"),
-	}, {
-		name: "empty chunked post",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			n, err := io.Copy(io.Discard, r.Body)
-			fmt.Fprint(w, n, err)
-		},
-		request: func() *nethttp.Request { return newRequest("POST", "/", io.MultiReader(strings.NewReader(""))) },
-		check:   status(200, "0 <nil>"),
-	}, {
-		name: "early hints",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header().Set("Link", "</style.css>")
-			w.WriteHeader(103)
-			w.Header().Del("Link")
-			io.WriteString(w, "after")
-		},
-		request: func() *nethttp.Request {
-			r := newRequest("GET", "/", nil)
-			got := &httptrace.ClientTrace{Got1xxResponse: func(code int, h textproto.MIMEHeader) error {
-				r.Header["Seen"] = append(r.Header["Seen"], fmt.Sprint(code, h.Get("Link")))
-				return nil
-			}}
-			*r = *r.WithContext(httptrace.WithClientTrace(r.Context(), got))
-			return r
-		},
-		check: func(t *testing.T, resp *nethttp.Response, body []byte) {
-			if seen := resp.Request.Header["Seen"]; len(seen) != 1 || seen[0] != "103</style.css>" || string(body) != "after" || resp.Header.Get("Link") != "" {
-				t.Errorf("informational %q, body %q, link %q", seen, body, resp.Header.Get("Link"))
-			}
-		},
-	}, {
-		name: "early answer to a large body",
-		backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
-			w.Header().Set("Connection", "close")
-			w.WriteHeader(413)
-			io.WriteString(w, "too large")
-		},
-		request: func() *nethttp.Request { return newRequest("POST", "/", bytes.NewReader(payload)) },
-		check:   status(413, "too large"),
-	}}
 	each(t, func(t *testing.T, e engine) {
 		for _, c := range clients {
 			for _, app := range apps {
 				t.Run(c.name+"-"+app.name, func(t *testing.T) {
-					for _, row := range rows {
+					for _, row := range exchanges {
 						t.Run(row.name, func(t *testing.T) {
 							if row.name == "early answer to a large body" && c.major == 1 {
 								t.Log("over HTTP/1.1 the client may also see its connection closed while it writes")

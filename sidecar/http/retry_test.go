@@ -102,87 +102,92 @@ func good(t *testing.T, e engine, cluster federation.ClusterName, instance strin
 	return at
 }
 
-// TestRetries is the retry table of DESIGN.md: how the first way fails, and what becomes of a request that may be sent
-// twice and of one that may not. The second way is good and counts what reaches its application.
-func TestRetries(t *testing.T) {
-	refuse := func(t *testing.T, e engine) *place {
-		r := &rig{t: t, engine: e}
-		return r.callee(rigOptions{}, nil) // no instance: x-strait-refused
+// refuse is a callee without an instance: it answers with x-strait-refused.
+func refuse(t *testing.T, e engine) *place { return (&rig{t: t, engine: e}).callee(rigOptions{}, nil) }
+
+// respond is a callee whose application writes these bytes and closes.
+func respond(answer string) func(*testing.T, engine) *place {
+	return func(t *testing.T, e engine) *place {
+		return (&rig{t: t, engine: e}).callee(rigOptions{backends: []string{rawBackend(t, answer)}}, nil)
 	}
-	respond := func(answer string) func(*testing.T, engine) *place {
-		return func(t *testing.T, e engine) *place {
-			return (&rig{t: t, engine: e}).callee(rigOptions{backends: []string{rawBackend(t, answer)}}, nil)
+}
+
+// frames is a callee's sidecar that does this.
+func frames(script func(*h2Server)) func(*testing.T, engine) *place {
+	return func(t *testing.T, _ engine) *place { return scripted(t, "us-east", "l1", script) }
+}
+
+// retries is the retry table of DESIGN.md: how the first way fails, and what becomes of a request that may be sent twice
+// and of one that may not.
+var retries = []struct {
+	name    string
+	reason  string // why the answer is what it is
+	first   func(*testing.T, engine) *place
+	safe    bool // any request is sent again
+	never   bool // no request is
+	status  int  // of a request that is not sent again
+	outcome http.Result
+}{{
+	name: "dial error", reason: "nothing was sent", safe: true, outcome: http.Unsent,
+	first: func(*testing.T, engine) *place {
+		return &place{dial: func(context.Context, string) (net.Conn, error) { return nil, errors.New("no route") }}
+	},
+}, {
+	name: "closed after the handshake", reason: "no head was ever looked at, but one may have been sent", status: 502, outcome: http.Broken,
+	first: frames(func(s *h2Server) { s.head() }),
+}, {
+	name: "typed refusal of the callee's sidecar", reason: "it says so", safe: true, outcome: http.Refused, first: refuse,
+}, {
+	name: "REFUSED_STREAM", reason: "RFC 9113 §8.7", safe: true, outcome: http.Unsent,
+	first: frames(func(s *h2Server) {
+		if id, ok := s.head(); ok {
+			s.WriteRSTStream(id, http2.ErrCodeRefusedStream)
+			s.drained()
 		}
-	}
-	frames := func(script func(*h2Server)) func(*testing.T, engine) *place {
-		return func(t *testing.T, _ engine) *place { return scripted(t, "us-east", "l1", script) }
-	}
-	rows := []struct {
-		name    string
-		reason  string // why the answer is what it is
-		first   func(*testing.T, engine) *place
-		safe    bool // any request is sent again
-		never   bool // no request is
-		status  int  // of a request that is not sent again
-		outcome http.Result
-	}{{
-		name: "dial error", reason: "nothing was sent", safe: true, outcome: http.Unsent,
-		first: func(*testing.T, engine) *place {
-			return &place{dial: func(context.Context, string) (net.Conn, error) { return nil, errors.New("no route") }}
-		},
-	}, {
-		name: "closed after the handshake", reason: "no head was ever looked at, but one may have been sent", status: 502, outcome: http.Broken,
-		first: frames(func(s *h2Server) { s.head() }),
-	}, {
-		name: "typed refusal of the callee's sidecar", reason: "it says so", safe: true, outcome: http.Refused, first: refuse,
-	}, {
-		name: "REFUSED_STREAM", reason: "RFC 9113 §8.7", safe: true, outcome: http.Unsent,
-		first: frames(func(s *h2Server) {
-			if id, ok := s.head(); ok {
-				s.WriteRSTStream(id, http2.ErrCodeRefusedStream)
-				s.drained()
-			}
-		}),
-	}, {
-		name: "GOAWAY below the stream", reason: "RFC 9113 §6.8", safe: true, outcome: http.Unsent,
-		first: frames(func(s *h2Server) {
-			if _, ok := s.head(); ok {
-				s.WriteGoAway(0, http2.ErrCodeNo, nil)
-				s.drained()
-			}
-		}),
-	}, {
-		name: "GOAWAY at the stream, then the end", reason: "the stream was taken", status: 502, outcome: http.Broken,
-		first: frames(func(s *h2Server) {
-			if id, ok := s.head(); ok {
-				s.WriteGoAway(id, http2.ErrCodeNo, nil)
-			}
-		}),
-	}, {
-		name: "RST_STREAM INTERNAL_ERROR", reason: "the application may have it", status: 502, outcome: http.Broken,
-		first: frames(func(s *h2Server) {
-			if id, ok := s.head(); ok {
-				s.WriteRSTStream(id, http2.ErrCodeInternal)
-				s.drained()
-			}
-		}),
-	}, {
-		name: "the application closes without an answer", reason: "it may have acted", status: 502, outcome: http.Answered, first: respond(""),
-	}, {
-		name: "the application answers 503", reason: "an idempotent request may do better elsewhere", status: 503, outcome: http.Answered,
-		first: respond("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"),
-	}, {
-		name: "the application answers 500", reason: "its answer is an answer", never: true, status: 500, outcome: http.Answered,
-		first: respond("HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"),
-	}, {
-		name: "the application answers 429", reason: "its answer is an answer", never: true, status: 429, outcome: http.Answered,
-		first: respond("HTTP/1.1 429 Slow\r\nContent-Length: 0\r\n\r\n"),
-	}, {
-		name: "the application refuses with our header", reason: "its own x-strait-refused is not believed", status: 503, outcome: http.Answered,
-		first: respond("HTTP/1.1 503 Busy\r\nX-Strait-Refused: no_healthy_instance\r\nContent-Length: 0\r\n\r\n"),
-	}}
+	}),
+}, {
+	name: "GOAWAY below the stream", reason: "RFC 9113 §6.8", safe: true, outcome: http.Unsent,
+	first: frames(func(s *h2Server) {
+		if _, ok := s.head(); ok {
+			s.WriteGoAway(0, http2.ErrCodeNo, nil)
+			s.drained()
+		}
+	}),
+}, {
+	name: "GOAWAY at the stream, then the end", reason: "the stream was taken", status: 502, outcome: http.Broken,
+	first: frames(func(s *h2Server) {
+		if id, ok := s.head(); ok {
+			s.WriteGoAway(id, http2.ErrCodeNo, nil)
+		}
+	}),
+}, {
+	name: "RST_STREAM INTERNAL_ERROR", reason: "the application may have it", status: 502, outcome: http.Broken,
+	first: frames(func(s *h2Server) {
+		if id, ok := s.head(); ok {
+			s.WriteRSTStream(id, http2.ErrCodeInternal)
+			s.drained()
+		}
+	}),
+}, {
+	name: "the application closes without an answer", reason: "it may have acted", status: 502, outcome: http.Answered, first: respond(""),
+}, {
+	name: "the application answers 503", reason: "an idempotent request may do better elsewhere", status: 503, outcome: http.Answered,
+	first: respond("HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"),
+}, {
+	name: "the application answers 500", reason: "its answer is an answer", never: true, status: 500, outcome: http.Answered,
+	first: respond("HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n"),
+}, {
+	name: "the application answers 429", reason: "its answer is an answer", never: true, status: 429, outcome: http.Answered,
+	first: respond("HTTP/1.1 429 Slow\r\nContent-Length: 0\r\n\r\n"),
+}, {
+	name: "the application refuses with our header", reason: "its own x-strait-refused is not believed", status: 503, outcome: http.Answered,
+	first: respond("HTTP/1.1 503 Busy\r\nX-Strait-Refused: no_healthy_instance\r\nContent-Length: 0\r\n\r\n"),
+}}
+
+// TestRetries: the second way is good and counts what reaches its application.
+func TestRetries(t *testing.T) {
 	each(t, func(t *testing.T, e engine) {
-		for _, row := range rows {
+		for _, row := range retries {
 			for _, method := range []string{"GET", "POST", "PUT", "PATCH"} {
 				t.Run(row.name+"/"+method, func(t *testing.T) {
 					var hits atomic.Int64
