@@ -13,6 +13,7 @@ import (
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/relay"
 	"github.com/strait-mesh/strait/internal/span"
+	"github.com/strait-mesh/strait/sidecar/inner"
 	"github.com/strait-mesh/strait/sidecar/pool"
 
 	sidecarhttp "github.com/strait-mesh/strait/sidecar/http"
@@ -96,6 +97,8 @@ func (s *Sidecar) serveTCP(c *call, app net.Conn) {
 		reason, out := tcpEnd(res, ic.Reason())
 		if out == pool.OK {
 			lease.Latency = 1 // says nothing about latency
+		} else if out == pool.Reset && wayBroke(ic) {
+			out = pool.Neutral
 		}
 		lease.Done(out, res.Err)
 		s.metrics.requests.Bytes("sent", "tcp", self, cluster.String(), res.AtoB)
@@ -134,6 +137,16 @@ func tcpEnd(res relay.Result, withdrawn string) (reason string, o pool.Outcome) 
 	default:
 		return "reset_by_callee", pool.Neutral
 	}
+}
+
+// wayBroke says that a connection's gateway has gone, or that its tunnel does not answer: what breaks then says nothing about the
+// callee, which would be ejected for 30 s although it may be back with the tunnel.
+func wayBroke(c *inner.Conn) bool {
+	if c.Via == nil {
+		return false
+	}
+	t, known := c.Via.Tunnel(c.Peer.ID.TrustDomain())
+	return c.Via.Reason() != "" || known && (!t.Up || t.Suspect)
 }
 
 // isAlert says that the other end sent a TLS alert, which is how a callee refuses after our side of the handshake was done.

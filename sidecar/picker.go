@@ -333,7 +333,11 @@ func (c *call) leg(cluster federation.ClusterName, lease *pool.Lease, pc *pooled
 	}
 	leg.Done = func(o sidecarhttp.Outcome) {
 		lease.Latency = o.FirstByte
-		lease.Done(outcome(o), o.Err)
+		met := outcome(o)
+		if met == pool.Reset && wayBroke(pc.inner) {
+			met = pool.Neutral
+		}
+		lease.Done(met, o.Err)
 		if trace != "" {
 			pc.inner.Via.Mark(&controlpb.TraceMarker{
 				Connection: pc.inner.Counter, Offset: pc.inner.Offset(), Traceparent: trace, End: true,

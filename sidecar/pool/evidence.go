@@ -35,6 +35,13 @@ func (g *Group) done(l *Lease, o Outcome, err error) {
 		b.observe(now, l.Latency)
 		b.streak, b.fails = 0, 0
 	case ServerError, Reset:
+		if o == Reset && l.c != nil && !l.c.Usable() {
+			// The connection broke: that is one event, however many requests were on it.
+			if l.c.broke {
+				break
+			}
+			l.c.broke = true
+		}
 		b.streak++
 		if b.streak >= g.cfg.Streak && !b.isEjected(now) && g.mayEjectLocked(now, l.Key) {
 			why := fmt.Sprintf("%d server errors running", b.streak)

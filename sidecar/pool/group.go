@@ -137,6 +137,7 @@ type pooled struct {
 	key      string
 	inFlight int
 	retired  bool
+	broke    bool // it ended under a lease, which was entered in the books
 }
 
 type dial struct {

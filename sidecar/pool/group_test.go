@@ -249,6 +249,36 @@ func TestStreakNeverEjectsTheLastLocalOne(t *testing.T) {
 	})
 }
 
+// A connection that breaks under many requests is one event: a callee that was restarted, or a tunnel that was cut for a moment,
+// must not be out for as long as one that fails request after request.
+func TestBrokenConnectionCountsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{fail: map[string]error{}, keys: []string{"h0@gw"}}
+		g := remote(t, w, 1)
+		for round := range 5 {
+			if e := g.Evidence(); e.Ejected != 0 {
+				t.Fatalf("after %d broken connections: %+v", round, e)
+			}
+			var leases []*pool.Lease
+			for range 50 {
+				l, err := g.Get(t.Context(), nil, false)
+				if err != nil {
+					t.Fatal(err)
+				}
+				leases = append(leases, l)
+			}
+			leases[0].Conn.Close()
+			for _, l := range leases {
+				l.Done(pool.Reset, nil)
+			}
+			synctest.Wait()
+		}
+		if e := g.Evidence(); e.Ejected != 1 {
+			t.Errorf("after 5 running: %+v", e)
+		}
+	})
+}
+
 func TestRemoteGrowsToDifferentInstances(t *testing.T) {
 	for _, tc := range []struct{ healthy, instances, want int }{{1, 8, 1}, {3, 8, 3}, {8, 8, 4}, {8, 2, 2}, {8, 1, 1}} {
 		t.Run(fmt.Sprintf("healthy=%d instances=%d", tc.healthy, tc.instances), func(t *testing.T) {
