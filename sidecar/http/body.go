@@ -128,15 +128,15 @@ func (b *keptBody) stop() {
 	b.mu.Lock()
 	b.stopped = true
 	b.cond.Broadcast()
-	pump, over := b.pump, b.err != nil
-	b.mu.Unlock()
-	if b.deadline != nil && !over {
+	pump := b.pump
+	if b.deadline != nil && b.err == nil {
 		at := time.Now().Add(discardTime) // net/http reads on to see the connection's next request
 		if pump != nil {
 			at = time.Unix(1, 0)
 		}
 		_ = b.deadline(at) // not supported: the read ends when its connection does
 	}
+	b.mu.Unlock()
 	if pump != nil {
 		<-pump
 	}
@@ -156,24 +156,29 @@ func (b *keptBody) run() {
 		}
 		stopped := b.stopped
 		b.want, b.reading = false, !stopped
+		b.stallLocked(time.Now().Add(b.stall))
 		b.mu.Unlock()
 		if stopped {
 			return
 		}
-		if b.stall > 0 && b.deadline != nil {
-			_ = b.deadline(time.Now().Add(b.stall))
-		}
 		n, err := b.src.Read(chunk)
 		if err == io.EOF {
-			if b.stall > 0 && b.deadline != nil {
-				_ = b.deadline(time.Time{}) // what watches the connection for its end must not run into it
-			}
+			b.mu.Lock()
+			b.stallLocked(time.Time{}) // what watches the connection for its end must not run into it
+			b.mu.Unlock()
 			b.atEOF()
 		}
 		b.add(chunk[:n], err)
 		if err != nil {
 			return
 		}
+	}
+}
+
+// stallLocked sets the source's deadline. It must not undo the one with which stop interrupts.
+func (b *keptBody) stallLocked(at time.Time) {
+	if b.stall > 0 && b.deadline != nil && !b.stopped {
+		_ = b.deadline(at)
 	}
 }
 
