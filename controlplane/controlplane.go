@@ -178,7 +178,11 @@ func (c *ControlPlane) parts() (err error) {
 		CatalogTTL: c.cfg.CatalogTTL, JoinExpiry: c.cfg.JoinExpiry, AllowLoopback: c.cfg.AllowLoopback,
 		Version: version.String(), Now: c.now, Logger: c.log,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	c.federate.Handle(traceQuery, c.handleTrace)
+	return nil
 }
 
 // owner is the identity that a proxy must prove: its registration's, or the workload's that it stands in front of.

@@ -23,12 +23,6 @@ import (
 	sidecarhttp "github.com/strait-mesh/strait/sidecar/http"
 )
 
-// way is what a leg's key leads to: everything a dial needs.
-type way struct {
-	target inner.Target
-	peer   spiffeid.TrustDomain // remote only
-}
-
 var alpnHTTP = []string{"h2"}
 
 // pooledConn is an HTTP connection in a pool.

@@ -120,7 +120,7 @@ func (r *reporter) stream(ctx context.Context) error {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	stream, err := controlpb.NewSessionsClient(r.conn).Report(ctx)
+	stream, err := controlpb.NewSessionsClient(r.conn).Report(ctx, grpc.WaitForReady(true)) // back as soon as the connection is
 	if err != nil {
 		cancel()
 		return fmt.Errorf("open session: %w", err)

@@ -260,12 +260,12 @@ func TestDeltaWildcard(t *testing.T) {
 }
 
 func TestDeltaResumes(t *testing.T) {
-	s, conn := serve(t, discovery.Config{})
+	s, _ := serve(t, discovery.Config{})
 	must(t, s.Replace(typeService, map[string]proto.Message{"shop/a": svc("a", 1), "shop/b": svc("b", 1)}))
 	va, vb := s.Version(typeService, "shop/a"), s.Version(typeService, "shop/b")
 
 	// Another server with the same content has the same versions.
-	s, conn = serve(t, discovery.Config{})
+	s, conn := serve(t, discovery.Config{})
 	must(t, s.Replace(typeService, map[string]proto.Message{"shop/a": svc("a", 1), "shop/b": svc("b", 2)}))
 	held := map[string]string{"shop/a": va, "shop/b": vb, "shop/gone": "0123"}
 	d := openDelta(t, conn, webID, "shop/web-1")

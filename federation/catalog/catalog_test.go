@@ -118,7 +118,6 @@ type peer struct {
 	epoch  uint64
 	now    func() time.Time
 	origin *catalog.Origin
-	ctx    context.Context
 	stop   func()
 }
 

@@ -3,7 +3,6 @@
 package join
 
 import (
-	"bytes"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -176,5 +175,3 @@ func ParseCatalogFrame(b []byte) (*controlpb.JoinCatalog, error) {
 	}
 	return c, nil
 }
-
-func equal32(a []byte, b [32]byte) bool { return bytes.Equal(a, b[:]) }

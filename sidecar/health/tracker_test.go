@@ -45,7 +45,7 @@ func target(workload string) health.Target {
 	return health.Target{Key: health.Key{Port: port, Workload: workload}, Address: "127.0.0.1:1"}
 }
 
-var refused = fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
+var errRefused = fmt.Errorf("dial: %w", syscall.ECONNREFUSED)
 
 // start runs a tracker over a in the present bubble.
 func start(t *testing.T, a *app, workloads ...string) *health.Tracker {
@@ -84,7 +84,7 @@ func TestVerdicts(t *testing.T) {
 	for name, steps := range map[string][]step{
 		"refused at once, two successes to return": {
 			{0, nil, health.Healthy, "", "the first check counts at once"},
-			{1200 * time.Millisecond, refused, health.Healthy, "", "nothing was checked since"},
+			{1200 * time.Millisecond, errRefused, health.Healthy, "", "nothing was checked since"},
 			{1200 * time.Millisecond, nil, health.Unhealthy, "connect refused", "one refused check is enough"},
 			{1200 * time.Millisecond, nil, health.Unhealthy, "connect refused", "one success is not"},
 			{1200 * time.Millisecond, nil, health.Healthy, "", "two are"},
@@ -136,7 +136,7 @@ func TestLiveTrafficMarksAtOnce(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		l.Done(health.NotReached, refused)
+		l.Done(health.NotReached, errRefused)
 		if s, _ := state(tr, "a"); s != health.Unhealthy {
 			t.Fatalf("after a failed connection: %v", s)
 		}
@@ -191,7 +191,7 @@ func TestStreakEjectsButNeverTheLast(t *testing.T) {
 
 func TestSetKeepsVerdictsAndStopsChecks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		a := &app{answer: map[string]error{"a": refused}}
+		a := &app{answer: map[string]error{"a": errRefused}}
 		tr := start(t, a, "a", "b")
 		synctest.Wait()
 		tr.Set([]health.Target{target("a")})

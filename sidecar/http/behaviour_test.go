@@ -177,8 +177,10 @@ var exchanges = []struct {
 	request: func() *nethttp.Request { return newRequest("GET", "/", nil) },
 	check:   status(304, ""),
 }, {
-	name:    "redirects are the client's business",
-	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) { nethttp.Redirect(w, r, "/else", 302) },
+	name: "redirects are the client's business",
+	backend: func(w nethttp.ResponseWriter, r *nethttp.Request) {
+		nethttp.Redirect(w, r, "/else", nethttp.StatusFound)
+	},
 	request: func() *nethttp.Request { return newRequest("POST", "/", strings.NewReader("x")) },
 	check:   func(t *testing.T, resp *nethttp.Response, _ []byte) { status(302, "-")(t, resp, nil) },
 }, {
