@@ -22,6 +22,7 @@ const (
 	joinQueue   = 4
 	joinDialMax = 30 * time.Second
 	joinLife    = 5 * time.Minute
+	linkWait    = 8 * time.Second // of an inbound conversation, for the link to come back
 )
 
 // conversation is one join conversation that this gateway relays between the far gateway and its own control plane.
@@ -178,11 +179,14 @@ func (l *link) openJoin(ctx context.Context, d *controlpb.JoinDial) (*tunnel.Joi
 // serveJoin relays a conversation that a stranger opened. Our control plane judges it.
 func (g *Gateway) serveJoin(ctx context.Context, jc *tunnel.JoinConn) {
 	l := g.link
-	l.mu.Lock()
-	s := l.cur
-	l.mu.Unlock()
 	opened, err := openedOf(jc)
-	if s == nil || err != nil || g.draining.Load() {
+	if err != nil || g.draining.Load() {
+		return
+	}
+	wait, cancel := context.WithTimeout(ctx, linkWait)
+	s := l.await(wait) // our control plane may be restarting
+	cancel()
+	if s == nil {
 		return
 	}
 	conv, _ := l.joins.add(0, true)

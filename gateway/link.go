@@ -22,6 +22,7 @@ const (
 	reportEvery    = 5 * time.Second
 	linkBackoffMin = 100 * time.Millisecond
 	linkBackoffMax = 5 * time.Second
+	linkStable     = time.Second // a link that lived so long is tried again at once
 	linkQueue      = 256
 )
 
@@ -37,6 +38,7 @@ type link struct {
 
 	mu  sync.Mutex
 	cur *linkStream
+	up  chan struct{} // closed while cur is set
 }
 
 // linkStream is one life of the link.
@@ -52,7 +54,9 @@ type linkStream struct {
 
 type mark struct{ epoch, seq uint64 }
 
-func newLink(g *Gateway) *link { return &link{g: g, changed: make(chan struct{}, 1)} }
+func newLink(g *Gateway) *link {
+	return &link{g: g, changed: make(chan struct{}, 1), up: make(chan struct{})}
+}
 
 // run keeps the stream open until ctx ends.
 func (l *link) run(ctx context.Context) error {
@@ -66,7 +70,7 @@ func (l *link) run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			return nil
 		}
-		if time.Since(began) > linkBackoffMax {
+		if time.Since(began) > linkStable {
 			backoff = linkBackoffMin
 		}
 		l.g.log.Debug("link to the control plane ended", "error", errString(err))
@@ -79,6 +83,23 @@ func (l *link) run(ctx context.Context) error {
 	return nil
 }
 
+// await returns the stream, once there is one.
+func (l *link) await(ctx context.Context) *linkStream {
+	for {
+		l.mu.Lock()
+		s, up := l.cur, l.up
+		l.mu.Unlock()
+		if s != nil {
+			return s
+		}
+		select {
+		case <-up:
+		case <-ctx.Done():
+			return nil
+		}
+	}
+}
+
 func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
 	conn := l.g.cfg.Client.Conn()
 	if conn == nil {
@@ -87,7 +108,7 @@ func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream, err := controlpb.NewGatewaysClient(conn).Link(ctx)
+	stream, err := controlpb.NewGatewaysClient(conn).Link(ctx, grpc.WaitForReady(true)) // back as soon as the connection is
 	if err != nil {
 		return err
 	}
@@ -102,10 +123,11 @@ func (l *link) stream(ctx context.Context, wg *sync.WaitGroup) error {
 		marks: make(map[spiffeid.TrustDomain]mark), sent: make(map[spiffeid.TrustDomain][32]byte)}
 	l.mu.Lock()
 	l.cur = s
+	close(l.up)
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
-		l.cur = nil
+		l.cur, l.up = nil, make(chan struct{})
 		l.mu.Unlock()
 		cancel()
 		l.joins.closeAll() // the conversations' other half is gone

@@ -39,7 +39,8 @@ var stageTitles = map[string]string{
 
 const (
 	defaultJoinTime = 60 * time.Second
-	gatewayWait     = 5 * time.Second // for a gateway of our own to link
+	gatewayWait     = 3 * time.Second  // for a first gateway of our own to link
+	gatewayReturn   = 12 * time.Second // for one that is known: its longest pause between attempts, and a handshake
 )
 
 // joinRun is one run of the join command.
@@ -242,7 +243,11 @@ func (j *joinRun) reach(ctx context.Context) (*conv, error) {
 }
 
 func (j *joinRun) awaitGateway(ctx context.Context) []*link {
-	timer := time.NewTimer(gatewayWait)
+	wait := gatewayWait
+	if len(j.m.View().Gateways) > 0 {
+		wait = gatewayReturn
+	}
+	timer := time.NewTimer(wait)
 	defer timer.Stop()
 	for {
 		changed := j.m.Changed()

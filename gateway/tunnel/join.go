@@ -26,6 +26,7 @@ const (
 	joinFirst       = 10 * time.Second
 	maxJoins        = 16
 	maxJoinsAddress = 4
+	tcpProbe        = time.Second
 )
 
 // JoinConn is one join conversation: frames both ways between two control planes, unread here.
@@ -213,5 +214,18 @@ func (e *Endpoint) dialJoin(ctx context.Context, a attempt, config *tls.Config) 
 	jc := &JoinConn{Transport: QUIC, Address: a.address, State: c.ConnectionState().TLS, UDPOK: true, rw: s,
 		RTT: c.ConnectionStats().SmoothedRTT}
 	jc.close = func() { closeJoinQUIC(c, s) }
+	jc.TCPOK = answersTCP(ctx, a.address)
 	return jc, nil
+}
+
+// answersTCP reports whether somebody accepts TCP at an address: the operator is told whether the fallback would work.
+func answersTCP(ctx context.Context, address string) bool {
+	ctx, cancel := context.WithTimeout(ctx, tcpProbe)
+	defer cancel()
+	c, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return false
+	}
+	_ = c.Close()
+	return true
 }

@@ -264,6 +264,10 @@ func joinRun(ctx context.Context, e *env, o joinOptions) error {
 		return e.callError(err)
 	}
 	last, err := e.stages(stream.Recv)
+	if problem.Is(err, problem.NoControlPlane) {
+		return problem.From(err).WithFix("start it again, then run the same join: it goes on where it was").
+			WithState("what was reached is on disk; nothing routes or trusts before the join is complete")
+	}
 	if err != nil {
 		return err
 	}
@@ -271,14 +275,18 @@ func joinRun(ctx context.Context, e *env, o joinOptions) error {
 		fmt.Fprintln(e.out, "every stage would pass; nothing was changed")
 		return nil
 	}
+	st, err := op.Status(ctx, &controlpb.StatusRequest{})
+	if err != nil {
+		return e.callError(err)
+	}
+	return e.renderJoined(st, last)
+}
+
+func (e *env) renderJoined(st *controlpb.StatusResponse, last *controlpb.JoinProgress) error {
 	m := last.GetMember()
 	issuer := "the issuer"
 	if m != nil {
 		issuer = m.Cluster
-	}
-	st, err := op.Status(ctx, &controlpb.StatusRequest{})
-	if err != nil {
-		return e.callError(err)
 	}
 	if e.output != "table" && e.output != "wide" || e.jq != "" {
 		return e.print("Member", m, &table{names: []string{issuer}})
@@ -287,13 +295,17 @@ func joinRun(ctx context.Context, e *env, o joinOptions) error {
 	return nil
 }
 
-// stages prints progress until the stream ends, and turns a failed stage into the command's error.
+// stages prints progress until the stream ends. A message with a problem is the last one and becomes the command's error; so does an
+// end that is not announced: success is only what was said to be done.
 func (e *env) stages(recv func() (*controlpb.JoinProgress, error)) (*controlpb.JoinProgress, error) {
 	last := &controlpb.JoinProgress{}
 	for {
 		p, err := recv()
-		if errors.Is(err, io.EOF) {
+		if errors.Is(err, io.EOF) && last.Done {
 			return last, nil
+		}
+		if errors.Is(err, io.EOF) {
+			return last, problem.New(problem.NoControlPlane, "the control plane ended the command before it was complete").Retry()
 		}
 		if err != nil {
 			return last, e.callError(err)
@@ -302,7 +314,7 @@ func (e *env) stages(recv func() (*controlpb.JoinProgress, error)) (*controlpb.J
 		if p.Title != "" {
 			e.progress("  %s %-20s %s", e.glyph(p.State), p.Title, p.Detail)
 		}
-		if p.Problem != nil && (p.State == "fail" || p.Done) {
+		if p.Problem != nil {
 			return last, problemOf(p.Problem)
 		}
 	}
@@ -394,6 +406,10 @@ func memberListRun(ctx context.Context, e *env) error {
 	if err != nil {
 		return e.callError(err)
 	}
+	return e.renderMembers(r)
+}
+
+func (e *env) renderMembers(r *controlpb.MemberListResponse) error {
 	t := &table{head: []string{"CLUSTER", "REGION", "STATE", "TUNNEL", "RTT", "CATALOG", "SAMENESS", "TRUST DOMAIN", "REASON"}, wide: 2}
 	var unreachable []string
 	for _, m := range r.Members {
