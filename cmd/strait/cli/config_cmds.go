@@ -368,7 +368,7 @@ func newRestoreCmd(e *env) *cobra.Command {
 }
 
 func newAccessCmd(e *env) *cobra.Command {
-	c := &cobra.Command{Use: "access", Short: "Operators' client certificates, with a role", Example: "  strait access issue ada --role viewer --out ./ada"}
+	c := &cobra.Command{Use: "access", Short: "Operators' client certificates, with a role", Example: "  strait access issue ada --role viewer --out ./ada\n  strait access issue ci --role operator --ttl 24h --out ./ci"}
 	var role, out string
 	var ttl time.Duration
 	issue := &cobra.Command{Use: "issue NAME", Short: "Issue a client certificate for a remote operator", Args: cobra.ExactArgs(1),

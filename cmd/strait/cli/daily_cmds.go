@@ -39,8 +39,13 @@ func statusRun(ctx context.Context, e *env) error {
 	if e.output != "table" && e.output != "wide" || e.jq != "" {
 		return e.print("Status", st, &table{names: []string{st.Cluster}})
 	}
+	return e.renderStatus(st)
+}
+
+func (e *env) renderStatus(st *controlpb.StatusResponse) error {
 	fmt.Fprintf(e.out, "%s in federation %s (region %s, trust domain %s, %s)\n", st.Cluster, st.Federation, st.Region, st.TrustDomain, st.Version)
-	fmt.Fprintf(e.out, "%d gateways, %d proxies, %d of %d acknowledged revision %d\n\n", len(st.Gateways), st.Proxies, st.ProxiesAcked, st.Proxies, st.Revision)
+	fmt.Fprintf(e.out, "%d %s, %d %s, %d of %d acknowledged revision %d\n\n", len(st.Gateways), plural(len(st.Gateways), "gateway", "gateways"),
+		st.Proxies, plural(int(st.Proxies), "proxy", "proxies"), st.ProxiesAcked, st.Proxies, st.Revision)
 	rows := [][]string{{"CLUSTER", "STATE", "TUNNEL", "RTT", "CATALOG"}}
 	var unreachable []string
 	for _, m := range st.Members {
@@ -165,7 +170,7 @@ func (e *env) renderWhy(w *controlpb.WhyResponse) {
 		fmt.Fprintf(e.out, "%s from %s    policy %s\n", refText(w.Service), callersText(w.Cluster, w.Service.GetNamespace(), g.Callers), policy)
 		since := time.UnixMilli(d.SinceMs)
 		fmt.Fprintf(e.out, "NOW  %s   reason %s   since %s (%s)\n", sharesText(d), d.Reason, since.UTC().Format(time.TimeOnly), shortDuration(e.now().Sub(since)))
-		rows := [][]string{{"TIER", "CLUSTER", "HEALTHY", "SHARE", "STATE", "BECAUSE"}}
+		rows := [][]string{{"TIER", "CLUSTER", "HEALTHY", "SHARE", "STATE     ", "BECAUSE"}}
 		for _, t := range d.Tiers {
 			for _, m := range t.Members {
 				because := m.Because
@@ -281,6 +286,11 @@ func checkRun(ctx context.Context, e *env, o checkOptions) error {
 	if err != nil {
 		return e.callError(err)
 	}
+	return e.reportCheck(r, o.failOn)
+}
+
+// reportCheck prints the items and ends the command with the code that they and --fail-on ask for.
+func (e *env) reportCheck(r *controlpb.CheckResponse, failOn string) error {
 	count := map[string]int{}
 	for _, it := range r.Items {
 		count[it.State]++
@@ -289,7 +299,7 @@ func checkRun(ctx context.Context, e *env, o checkOptions) error {
 	switch {
 	case count["fail"] > 0:
 		code = problem.ExitCheckFailed
-	case count["warn"] > 0 && o.failOn == "warning":
+	case count["warn"] > 0 && failOn == "warning":
 		code = problem.ExitWarnings
 	}
 	if e.output != "table" && e.output != "wide" || e.jq != "" {

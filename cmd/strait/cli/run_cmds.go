@@ -24,11 +24,10 @@ func runCommands(e *env) []*cobra.Command {
 	cp := &cobra.Command{Use: "controlplane", Short: "Run the control plane of a cluster", DisableFlagParsing: true,
 		Example: "  strait controlplane --data-dir /var/lib/strait\n  strait controlplane config --data-dir /var/lib/strait",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			err := controlPlaneRun(cmd.Context(), e, args)
-			if err == nil && asksHelp(args) {
+			if asksHelp(args) {
 				e.roleHelp(cmd)
 			}
-			return err
+			return controlPlaneRun(cmd.Context(), e, args)
 		}}
 	cmds := []*cobra.Command{cp}
 	for _, role := range []struct{ name, short, example string }{
@@ -39,7 +38,6 @@ func runCommands(e *env) []*cobra.Command {
 			RunE: func(cmd *cobra.Command, args []string) error {
 				if asksHelp(args) {
 					e.roleHelp(cmd)
-					fmt.Fprintln(e.out)
 				}
 				return execProxy(append([]string{role.name}, args...))
 			}})
@@ -53,7 +51,7 @@ func asksHelp(args []string) bool {
 
 // roleHelp prints what the settings of a role do not say of themselves.
 func (e *env) roleHelp(cmd *cobra.Command) {
-	fmt.Fprintf(e.out, "%s\n\nExamples:\n%s\n\nEXIT CODES\n%s\n", cmd.Long, cmd.Example, exitCodeTable)
+	fmt.Fprintf(e.out, "%s\n\nExamples:\n%s\n\nEXIT CODES\n%s\n\n", cmd.Long, cmd.Example, exitCodeTable)
 }
 
 // execProxy replaces this process by strait-proxy, which lies beside it.

@@ -193,7 +193,7 @@ type workloadOptions struct {
 
 func newWorkloadCmd(e *env) *cobra.Command {
 	c := &cobra.Command{Use: "workload", Short: "VM workloads behind services",
-		Example: "  strait workload register shop/checkout-1 --address 10.4.0.17 --port http=8080 --token-out checkout.token"}
+		Example: "  strait workload register shop/checkout-1 --address 10.4.0.17 --port http=8080 --token-out checkout.token\n  strait workload list"}
 	var o workloadOptions
 	reg := &cobra.Command{Use: "register NAMESPACE/NAME", Short: "Register a workload, its service, and a token for its sidecar", Args: cobra.ExactArgs(1),
 		Long: `Register a running instance: a Workload object, the Service that selects it (made when it does not exist), and a one-time token with which
