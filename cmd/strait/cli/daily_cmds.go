@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/internal/problem"
@@ -141,12 +143,13 @@ func (e *env) serviceName(ctx context.Context, op controlpb.OperatorClient, name
 	if err != nil {
 		return "", e.callError(err)
 	}
-	var matches []string
+	matches := e.writtenServices(ctx, name)
 	for _, s := range list.Services {
-		if s.Service.GetName() == name {
-			matches = append(matches, refText(s.Service))
+		if full := refText(s.Service); s.Service.GetName() == name && !slices.Contains(matches, full) {
+			matches = append(matches, full)
 		}
 	}
+	slices.Sort(matches)
 	switch len(matches) {
 	case 1:
 		return matches[0], nil
@@ -155,6 +158,30 @@ func (e *env) serviceName(ctx context.Context, op controlpb.OperatorClient, name
 	default:
 		return "", problem.New(problem.AmbiguousName, "%s may be %s", name, strings.Join(matches, ", "))
 	}
+}
+
+// writtenServices are the services of that name in the configuration: one that was written a moment ago is there before it is
+// compiled. A context without the configuration API has none.
+func (e *env) writtenServices(ctx context.Context, name string) []string {
+	d, err := e.dynamic()
+	if err != nil {
+		return nil
+	}
+	k, err := kindOf("Service")
+	if err != nil {
+		return nil
+	}
+	list, err := k.in(d, "").List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name})
+	if err != nil {
+		return nil
+	}
+	var matches []string
+	for _, s := range list.Items {
+		if s.GetName() == name {
+			matches = append(matches, s.GetNamespace()+"/"+name)
+		}
+	}
+	return matches
 }
 
 func (e *env) renderWhy(w *controlpb.WhyResponse) {
@@ -189,7 +216,11 @@ func (e *env) renderWhy(w *controlpb.WhyResponse) {
 			fmt.Fprintf(e.out, "RETURNS to %s\n", strings.TrimPrefix(d.Returns, "to "))
 		}
 		for _, x := range d.Ejections {
-			fmt.Fprintf(e.out, "EJECTED %s %s: %s until %s\n", x.Cluster, x.Instance, x.Reason, time.UnixMilli(x.UntilMs).UTC().Format(time.TimeOnly))
+			until := "it is reached again"
+			if x.UntilMs != 0 {
+				until = time.UnixMilli(x.UntilMs).UTC().Format(time.TimeOnly)
+			}
+			fmt.Fprintf(e.out, "EJECTED %s %s: %s until %s\n", x.Cluster, x.Instance, x.Reason, until)
 		}
 		if g.Recomputed != "" && g.Recomputed != "agrees" {
 			fmt.Fprintf(e.out, "%s warn  recomputing from the reported inputs gives another answer: %s\n", e.glyph("warn"), g.Recomputed)

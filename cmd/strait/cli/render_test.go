@@ -72,7 +72,10 @@ func TestWhyGroups(t *testing.T) {
 	d.Tiers[1].Members[0].Share = 0.8
 	d.Tiers[1].Members = append(d.Tiers[1].Members, &controlpb.MemberReport{Cluster: "ap-south", Healthy: 2, Total: 2, Share: 0.2, State: "active", Reason: "route_split"})
 	d.Tiers = d.Tiers[:2]
-	d.Ejections = []*controlpb.EjectionReport{{Cluster: "us-east", Instance: "checkout-3", Reason: "5xx streak", UntilMs: at.Add(30 * time.Second).UnixMilli()}}
+	d.Ejections = []*controlpb.EjectionReport{
+		{Cluster: "us-east", Instance: "checkout-3", Reason: "5xx streak", UntilMs: at.Add(30 * time.Second).UnixMilli()},
+		{Cluster: "us-east", Instance: "shop/checkout", Reason: "upstream_reset"},
+	}
 	w.Groups = append(w.Groups, &controlpb.WhyGroup{Callers: []string{"shop/web", "jobs/batch"}, Recomputed: "agrees", Decision: &controlpb.DecisionReport{
 		Reason: "no_endpoints", SinceMs: at.Add(-3*time.Hour - 12*time.Minute).UnixMilli(),
 	}})
@@ -87,6 +90,7 @@ TIER  CLUSTER   HEALTHY  SHARE  STATE       BECAUSE
   1   eu-west   6/6      80%    active      tunnel us-east→eu-west quic rtt 80ms loss 0.0%
   1   ap-south  2/2      20%    active      route_split
 EJECTED us-east checkout-3: 5xx streak until 14:08:54
+EJECTED us-east shop/checkout: upstream_reset until it is reached again
 ! warn  recomputing from the reported inputs gives another answer: eu-west 80%, ap-south 20%
 
 shop/checkout from us-east: web, jobs/batch    policy the default policy
