@@ -179,10 +179,17 @@ func Eventually(t testing.TB, within time.Duration, what string, f func() error)
 
 // Canary watches whether the host stalls: figures of a run during which it did mean nothing.
 type Canary struct {
-	mu    sync.Mutex
-	worst time.Duration
-	stop  chan struct{}
-	done  chan struct{}
+	mu     sync.Mutex
+	worst  time.Duration
+	stalls []stall
+	stop   chan struct{}
+	done   chan struct{}
+}
+
+// stall is a time during which the canary should have run and did not.
+type stall struct {
+	from, to time.Time
+	late     time.Duration
 }
 
 // Stalled is how late the canary may be before a deadline is inconclusive.
@@ -206,9 +213,14 @@ func (c *Canary) run() {
 		select {
 		case <-c.stop:
 			return
-		case now := <-t.C:
+		case <-t.C:
+			now := time.Now() // the tick's own time is when it was due, not when it came
+			late := now.Sub(last) - every
 			c.mu.Lock()
-			c.worst = max(c.worst, now.Sub(last)-every)
+			c.worst = max(c.worst, late)
+			if late >= Stalled/4 {
+				c.stalls = append(c.stalls, stall{last, now, late})
+			}
 			c.mu.Unlock()
 			last = now
 		}
@@ -222,6 +234,19 @@ func (c *Canary) Worst() time.Duration {
 	w := c.worst
 	c.worst = 0
 	return w
+}
+
+// Between is the longest stall that touched the time from one moment to another.
+func (c *Canary) Between(from, to time.Time) time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var worst time.Duration
+	for _, s := range c.stalls {
+		if s.to.After(from) && s.from.Before(to) {
+			worst = max(worst, s.late)
+		}
+	}
+	return worst
 }
 
 func fail(t testing.TB, err error, what string) {
