@@ -172,7 +172,7 @@ func sampleMembers() []*controlpb.Member {
 			Gateways: []*controlpb.GatewayRecord{{Name: "gateway-1", Addresses: []string{"198.51.100.4:7443"}}},
 			Tunnels: []*controlpb.Tunnel{{State: "suspect", Transport: "tcp", PeerGateway: "gateway-1", Address: "198.51.100.4:7443", SinceMs: at.UnixMilli(), LastError: "no pong for 450ms"},
 				{State: "up", Transport: "quic", RttSeconds: 0.0801, PeerGateway: "gateway-1", Address: "198.51.100.4:7443",
-				LossRatio: 0.001, Streams: 4, SinceMs: at.UnixMilli()}}},
+					LossRatio: 0.001, Streams: 4, SinceMs: at.UnixMilli()}}},
 		{Cluster: "ap-south", Region: "ap-south-1", State: "unreachable", TrustDomain: "ap-south.acme", Sameness: []string{"shop", "jobs"}, CatalogAgeSeconds: -1,
 			Reason: "peer_unreachable", Tunnels: []*controlpb.Tunnel{{State: "down", LastError: "timeout"}}},
 	}

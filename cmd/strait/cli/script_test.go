@@ -6,10 +6,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -47,6 +49,7 @@ func TestMain(m *testing.M) {
 //	stop                        stops what was started, now
 //	like FILE WANT              compares line by line; in WANT the sign … stands for any text
 //	mode MODE FILE              compares the permission bits of a file
+//	until REGEXP COMMAND...     runs a command until its standard output matches: what was written is compiled a moment later
 func TestScript(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata/script",
@@ -57,7 +60,7 @@ func TestScript(t *testing.T) {
 			return os.Mkdir(filepath.Join(e.WorkDir, "home"), 0o700)
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"controlplane": startControlPlane, "gateway": startGateway, "like": like, "mode": mode,
+			"controlplane": startControlPlane, "gateway": startGateway, "like": like, "mode": mode, "until": until,
 			"stop": func(ts *testscript.TestScript, _ bool, _ []string) { ts.Value(started{}).(*processes).stop(ts) },
 		},
 	})
@@ -116,6 +119,23 @@ func within(ts *testscript.TestScript, what string, ready func() error) {
 		case <-tick.C:
 		}
 	}
+}
+
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: until REGEXP COMMAND...")
+	}
+	re, err := regexp.Compile("(?m)" + args[0])
+	ts.Check(err)
+	within(ts, args[0], func() error {
+		if err := ts.Exec(args[1], args[2:]...); err != nil {
+			return err
+		}
+		if out := ts.ReadFile("stdout"); !re.MatchString(out) {
+			return fmt.Errorf("got %q", out)
+		}
+		return nil
+	})
 }
 
 func startControlPlane(ts *testscript.TestScript, neg bool, args []string) {
