@@ -137,6 +137,9 @@ func newNonce() []byte {
 
 // untrusted makes STR-5201 of what a counterpart could not prove.
 func untrusted(what string, err error) error {
+	if errors.Is(err, errAddress) {
+		return problem.New(problem.AddressRefused, "%s: %v", what, err).WithState("nothing was changed on either side").Wrap(err)
+	}
 	return problem.New(problem.TrustRefused, "%s: %v", what, err).WithState("nothing was changed on either side").Wrap(err)
 }
 

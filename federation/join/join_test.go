@@ -199,8 +199,8 @@ func TestConversationRefuses(t *testing.T) {
 		{"another federation", func(_ *testing.T, c *talk) { c.eu.self.Federation = "other" }, problem.TokenWrongFederation},
 		{"clocks apart", func(_ *testing.T, c *talk) { c.acceptorNow = func() time.Time { return epoch.Add(31 * time.Second) } }, problem.ClockSkew},
 		{"an issuer that calls itself otherwise", func(_ *testing.T, c *talk) { c.us.self.Cluster = "us-west" }, problem.IdentityMismatch},
-		{"loopback addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"127.0.0.1:7443"} }, problem.TrustRefused},
-		{"link-local addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"169.254.169.254:80"} }, problem.TrustRefused},
+		{"loopback addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"127.0.0.1:7443"} }, problem.AddressRefused},
+		{"link-local addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"169.254.169.254:80"} }, problem.AddressRefused},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -33,6 +33,7 @@ const (
 	NameTaken            Code = "STR-2209" // the cluster name is taken
 	IdentityMismatch     Code = "STR-2210" // the other side did not prove the identity in the token
 	ProofRefused         Code = "STR-2211" // the proof of the token was refused
+	AddressRefused       Code = "STR-2212" // a gateway's address is not acceptable
 	VersionSkew          Code = "STR-2301" // versions do not work together
 	NotExported          Code = "STR-3101" // the service is not exported to this cluster
 	CatalogRefused       Code = "STR-3201" // a peer's catalog was refused
