@@ -34,12 +34,15 @@ func (c *Cluster) Stream(line func(string), args ...string) Result {
 	return Result{Out: out.String(), Err: errw.String(), Code: cmd.ProcessState.ExitCode()}
 }
 
-// JSON runs one command line that must succeed with -o json and decodes its standard output.
+// JSON runs one command line with -o json, which must succeed but for unreachable clusters, and decodes its standard output.
 func (c *Cluster) JSON(into any, args ...string) {
 	c.fed.T.Helper()
-	text := c.CLI(append(args, "-o", "json")...)
-	if err := json.Unmarshal([]byte(text), into); err != nil {
-		c.fed.T.Fatalf("%s: strait %s: %v in\n%s", c.Name, strings.Join(args, " "), err, text)
+	r := c.Try(append(args, "-o", "json")...)
+	if r.Code != 0 && r.Code != 10 {
+		c.fed.T.Fatalf("%s: strait %s: exit %d\n%s%s", c.Name, strings.Join(args, " "), r.Code, r.Out, r.Err)
+	}
+	if err := json.Unmarshal([]byte(r.Out), into); err != nil {
+		c.fed.T.Fatalf("%s: strait %s: %v in\n%s", c.Name, strings.Join(args, " "), err, r.Out)
 	}
 }
 
