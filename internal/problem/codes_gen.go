@@ -17,6 +17,8 @@ const (
 	StateCorrupt         Code = "STR-1104" // a state file is damaged
 	InvalidObject        Code = "STR-1201" // validation refused the object
 	ReturnNotAboveTrip   Code = "STR-1204" // return threshold must be above trip
+	NotAccepted          Code = "STR-1205" // the control plane does not accept the object
+	NotProgrammed        Code = "STR-1206" // accepted, but not every proxy has it yet
 	ClusterUnreachable   Code = "STR-2101" // a cluster is unreachable
 	GatewayNotReachable  Code = "STR-2104" // gateway not reachable
 	NoGateway            Code = "STR-2105" // no gateway of this cluster is running
@@ -44,6 +46,7 @@ const (
 	UpstreamReset        Code = "STR-4104" // the connection to the callee broke
 	DeadlineExceeded     Code = "STR-4105" // the callee did not answer in time
 	FailoverOverload     Code = "STR-4107" // the next tier may not have the capacity
+	FailoverActive       Code = "STR-4108" // a service is failing over
 	RootExpiring         Code = "STR-5101" // a root expires soon
 	CertificateExpiring  Code = "STR-5102" // a certificate expires soon
 	TrustRefused         Code = "STR-5201" // identity refused
@@ -57,5 +60,4 @@ const (
 	DemoNotRunning       Code = "STR-7102" // no demo is running
 	TraceNotFound        Code = "STR-8101" // no such trace
 	Internal             Code = "STR-9001" // internal error
-	FailoverActive       Code = "STR-4104" // a service is failing over
 )

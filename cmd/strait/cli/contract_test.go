@@ -216,6 +216,16 @@ func TestNoControlPlane(t *testing.T) {
 	}
 }
 
+// Without a demo, demo says so, and taking it down is no error.
+func TestNoDemo(t *testing.T) {
+	isolate(t)
+	for _, args := range [][]string{{"demo", "status"}, {"demo", "break", "eu-west"}, {"demo", "heal", "eu-west"}} {
+		if code, out, errw := run(t, args...); code != problem.ExitNotFound || out != "" || !strings.Contains(errw, "["+string(problem.DemoNotRunning)+"]") {
+			t.Errorf("%q: exit %d, stdout %q, stderr:\n%s", args, code, out, errw)
+		}
+	}
+}
+
 // Every global flag has its STRAIT_ variable; a flag on the command line wins; a wrong value names the variable.
 func TestGlobalFlagsFromEnvironment(t *testing.T) {
 	values := map[string]string{

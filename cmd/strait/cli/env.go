@@ -30,6 +30,7 @@ type env struct {
 	verbose   bool
 	yes       bool
 	timeout   time.Duration
+	wait      string
 }
 
 // lookup is the value of a STRAIT_ variable.

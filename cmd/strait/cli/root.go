@@ -201,6 +201,7 @@ func (e *env) globalFlags(f *pflag.FlagSet) {
 	f.BoolVarP(&e.quiet, "quiet", "q", false, "no progress on standard error")
 	f.BoolVarP(&e.verbose, "verbose", "v", false, "log what is done, on standard error")
 	f.BoolVar(&e.yes, "yes", false, "confirm what would otherwise be refused")
+	f.StringVar(&e.wait, "wait", "ready", "of commands that write policies: none, or ready (programmed): every proxy has it")
 	f.DurationVar(&e.timeout, "timeout", 60*time.Second, "how long to wait for readiness")
 }
 
@@ -220,6 +221,9 @@ func (e *env) fromEnvironment(cmd *cobra.Command) error {
 	})
 	if bad != nil {
 		return bad
+	}
+	if e.wait != "none" && e.wait != "ready" && e.wait != "programmed" {
+		return usageError(cmd, fmt.Errorf("--wait=%s: want none, programmed or ready", e.wait))
 	}
 	switch e.output {
 	case "table", "wide", "json", "yaml", "name", "jsonl", "waterfall":
