@@ -217,6 +217,7 @@ func (o *operator) Why(ctx context.Context, req *controlpb.WhyRequest) (*control
 	for _, g := range r.Groups {
 		g.Recomputed = recompute(g.Decision)
 	}
+	r.Notes = whyNotes(r.Groups)
 	return r, nil
 }
 
