@@ -44,7 +44,8 @@ func TestFailover(t *testing.T) {
 		// 5 of 8 are 62.5 %: below 70 % a place keeps 62.5/70 of its due.
 		s.steady(t, "5 of 8 healthy", shares{"us-east": 62.5 / 70, "eu-west": 1 - 62.5/70})
 		s.explains(t, `NOW  us-east 89%, eu-west 11%   reason spill_capacity   since \d\d:\d\d:\d\d \(\d+s\)`,
-			`  0   us-east +5/8 +89% +active +5 of 8 healthy = 6[23]% < 70%: keeps 89%, the rest spills`)
+			`  0   us-east +5/8 +89% +active +5 of 8 healthy = 6[23]% < 70%: keeps 89%, the rest spills`,
+			`Cost of being here: \+\dms rtt, 11% of requests cross-region`)
 	})
 	t.Run("LocalApplications", func(t *testing.T) {
 		s.outage(t, outage{
@@ -157,7 +158,8 @@ func (s *shop) judge(t *testing.T, o outage) []finding {
 	event := time.Now()
 	issued(t, l, event.Add(noticed), watched)
 	s.settle(t, shares{o.next: 1})
-	s.explains(t, append(o.why, `NOW  `+o.next+` 100%   reason \w+   since \d\d:\d\d:\d\d \(\d+s\)`)...)
+	s.explains(t, append(o.why, `NOW  `+o.next+` 100%   reason \w+   since \d\d:\d\d:\d\d \(\d+s\)`,
+		`Cost of being here: \+\d\dms rtt, 100% of requests cross-region`, `Check the cause: strait trace --failover`)...)
 	t.Logf("without it:\n%s", s.why())
 	found := s.count(t, "without it")
 
