@@ -162,12 +162,13 @@ func startLoad(t testing.TB, url string, rps int) *load {
 	l := &load{stop: cancel, done: make(chan struct{})}
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 128}}
 	go l.run(ctx, client, url, time.Second/time.Duration(rps))
-	t.Cleanup(func() { cancel(); <-l.done; client.CloseIdleConnections() })
+	t.Cleanup(func() { cancel(); <-l.done })
 	return l
 }
 
 func (l *load) run(ctx context.Context, client *http.Client, url string, every time.Duration) {
 	defer close(l.done)
+	defer client.CloseIdleConnections()
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	tick := time.NewTicker(every)
