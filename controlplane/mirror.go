@@ -151,18 +151,20 @@ func (c *ControlPlane) samenessLoop(ctx context.Context) error {
 }
 
 // statusEvery bounds how often conditions are written: they are slow status, not data.
-const statusEvery = time.Second
+const statusEvery = 500 * time.Millisecond
 
 // statusLoop writes the conditions that the compiler found, with the acknowledgements of proxies.
 func (c *ControlPlane) statusLoop(ctx context.Context) error {
 	written := map[api.Ref]string{}
 	t := time.NewTicker(statusEvery)
 	defer t.Stop()
-	var last *compile.Output
 	for {
-		if out := c.compiled.Load(); out != nil && out != last {
-			last = out
+		if out := c.compiled.Load(); out != nil {
+			objects := c.inputs.Load().Objects
 			for _, u := range out.Conditions {
+				if p, ok := c.programmed(out, objects, u.Ref); ok {
+					u.Conditions = append(slices.Clone(u.Conditions), p)
+				}
 				text := conditionsText(u)
 				if written[u.Ref] == text {
 					continue

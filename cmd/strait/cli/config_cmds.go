@@ -131,7 +131,10 @@ func applyRun(ctx context.Context, e *env, files []string, dryRun string) error 
 	for _, o := range objects {
 		fmt.Fprintf(e.out, "%s/%s %s\n", strings.ToLower(o.GetKind()), strings.TrimPrefix(o.GetNamespace()+"/"+o.GetName(), "/"), suffix)
 	}
-	return nil
+	if dryRun != "none" {
+		return nil
+	}
+	return e.await(ctx, objects...)
 }
 
 // invalidFile prints every finding of the validator with its caret, and returns the command's error.

@@ -46,10 +46,14 @@ func exportRun(ctx context.Context, e *env, service string, to, ports []string) 
 	if len(ports) > 0 {
 		rule["ports"] = anys(ports)
 	}
-	if err := e.applyObjects(ctx, false,
+	objects := []*unstructured.Unstructured{
 		object(gvServiceExport, "ServiceExport", ns, name, nil),
 		object(gvStrait, "ExportPolicy", ns, "export-"+name, map[string]any{"rules": []any{rule}}),
-	); err != nil {
+	}
+	if err := e.applyObjects(ctx, false, objects...); err != nil {
+		return err
+	}
+	if err := e.await(ctx, objects...); err != nil {
 		return err
 	}
 	fmt.Fprintf(e.out, "%s/%s is exported to %s\n", ns, name, strings.ReplaceAll(strings.Join(to, ", "), "*", "every member"))
@@ -430,7 +434,11 @@ func failoverSetRun(ctx context.Context, e *env, service string, spec map[string
 		return err
 	}
 	spec["targetRefs"] = []any{map[string]any{"group": "multicluster.x-k8s.io", "kind": "ServiceImport", "name": name}}
-	if err := e.applyObjects(ctx, false, object(gvStrait, "FailoverPolicy", ns, name, spec)); err != nil {
+	policy := object(gvStrait, "FailoverPolicy", ns, name, spec)
+	if err := e.applyObjects(ctx, false, policy); err != nil {
+		return err
+	}
+	if err := e.await(ctx, policy); err != nil {
 		return err
 	}
 	fmt.Fprintf(e.out, "%s/%s fails over in the order %s\n", ns, name, strings.Join(order, ", "))

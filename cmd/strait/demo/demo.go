@@ -285,7 +285,7 @@ func (d *Demo) join(ctx context.Context) error {
 			if s.name == "web" {
 				continue
 			}
-			if _, err := d.strait(ctx, r, "export", namespace+"/"+s.name, "--to", "*"); err != nil {
+			if _, err := d.strait(ctx, r, "export", namespace+"/"+s.name, "--to", "*", "--wait", "none"); err != nil {
 				return err
 			}
 		}
