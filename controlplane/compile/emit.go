@@ -23,7 +23,7 @@ func (r *run) emitMembers() {
 	self := r.in.Self
 	if len(self.Bundle) > 0 {
 		r.put(controlpb.TypeBundle, self.TrustDomain.String(),
-			&controlpb.Bundle{TrustDomain: self.TrustDomain.String(), Jwks: self.Bundle, Sequence: self.BundleSeq})
+			&controlpb.Bundle{TrustDomain: self.TrustDomain.String(), Jwks: self.Bundle, Sequence: self.BundleSeq, Cluster: string(self.Cluster)})
 	}
 	for _, p := range r.peers {
 		m := &controlpb.Peer{
@@ -34,7 +34,7 @@ func (r *run) emitMembers() {
 			m.State = controlpb.PeerState_PEER_STATE_READY
 			if len(p.Bundle) > 0 {
 				r.put(controlpb.TypeBundle, p.TrustDomain.String(),
-					&controlpb.Bundle{TrustDomain: p.TrustDomain.String(), Jwks: p.Bundle, Sequence: p.BundleSeq})
+					&controlpb.Bundle{TrustDomain: p.TrustDomain.String(), Jwks: p.Bundle, Sequence: p.BundleSeq, Cluster: string(p.Cluster)})
 			}
 		}
 		for _, g := range p.Gateways {

@@ -292,9 +292,7 @@ func worst(list []InstanceHealth, ports map[string]bool) controlpb.Health {
 func (r *run) indexServices() {
 	byNamespace := map[string][]*workload{}
 	for _, k := range slices.SortedFunc(maps.Keys(r.proxies), compareProxies) {
-		for _, w := range r.proxies[k].workloads {
-			byNamespace[k.namespace] = append(byNamespace[k.namespace], w)
-		}
+		byNamespace[k.namespace] = append(byNamespace[k.namespace], r.proxies[k].workloads...)
 	}
 	for _, list := range byNamespace {
 		slices.SortFunc(list, func(a, b *workload) int { return cmp.Compare(a.obj.Name, b.obj.Name) })

@@ -3,7 +3,6 @@
 package cli
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -385,6 +384,3 @@ func newAccessCmd(e *env) *cobra.Command {
 	c.AddCommand(issue)
 	return c
 }
-
-// trimmed is data without surrounding white space.
-func trimmed(data []byte) string { return string(bytes.TrimSpace(data)) }

@@ -281,7 +281,6 @@ type checkOptions struct {
 	horizon    time.Duration
 	federation bool
 	dataplane  bool
-	pre        bool
 }
 
 func newCheckCmd(e *env) *cobra.Command {

@@ -4,7 +4,6 @@ package cli
 
 import (
 	"io"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -59,14 +58,6 @@ func (e *env) configHome() string {
 		return filepath.Join(c, "strait")
 	}
 	return filepath.Join(e.lookup("HOME"), ".config", "strait")
-}
-
-func (e *env) logger() *slog.Logger {
-	level := slog.LevelInfo
-	if e.verbose {
-		level = slog.LevelDebug
-	}
-	return slog.New(slog.NewTextHandler(e.err, &slog.HandlerOptions{Level: level}))
 }
 
 // confirm refuses a risky command that was not confirmed: standard input is never asked, so that scripts and people

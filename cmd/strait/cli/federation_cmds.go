@@ -199,7 +199,6 @@ type joinOptions struct {
 	cluster, region string
 	sameness        []string
 	check           bool
-	introducer      string
 }
 
 func newJoinCmd(e *env) *cobra.Command {
@@ -311,7 +310,7 @@ func (e *env) stages(recv func() (*controlpb.JoinProgress, error)) (*controlpb.J
 			return last, e.callError(err)
 		}
 		last = p
-		if p.Title != "" {
+		if p.Title != "" && (!p.Done || p.State != "ok") { // the last word is the command's result
 			e.progress("  %s %-20s %s", e.glyph(p.State), p.Title, p.Detail)
 		}
 		if p.Problem != nil {

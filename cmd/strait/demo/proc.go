@@ -208,24 +208,6 @@ func (p *process) signal(sig syscall.Signal) error {
 	return p.cmd.Process.Signal(sig)
 }
 
-// stop asks the process to end, and makes it after grace.
-func (p *process) stop(grace time.Duration) {
-	done := p.exited()
-	if done == nil {
-		return
-	}
-	_ = p.signal(syscall.SIGCONT)
-	_ = p.signal(syscall.SIGTERM)
-	t := time.NewTimer(grace)
-	defer t.Stop()
-	select {
-	case <-done:
-		return
-	case <-t.C:
-	}
-	p.kill()
-}
-
 func (p *process) kill() {
 	if done := p.exited(); done != nil {
 		_ = p.signal(syscall.SIGKILL)
