@@ -200,6 +200,8 @@ func TestConversationRefuses(t *testing.T) {
 		{"clocks apart", func(_ *testing.T, c *talk) { c.acceptorNow = func() time.Time { return epoch.Add(31 * time.Second) } }, problem.ClockSkew},
 		{"an issuer that calls itself otherwise", func(_ *testing.T, c *talk) { c.us.self.Cluster = "us-west" }, problem.IdentityMismatch},
 		{"loopback addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"127.0.0.1:7443"} }, problem.AddressRefused},
+		{"loopback by another name", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"LOCALHOST.:7443"} }, problem.AddressRefused},
+		{"loopback as a number", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"0x7f000001:7443"} }, problem.AddressRefused},
 		{"link-local addresses", func(_ *testing.T, c *talk) { c.eu.self.Gateways[0].Addresses = []string{"169.254.169.254:80"} }, problem.AddressRefused},
 	}
 	for _, tt := range tests {

@@ -31,7 +31,6 @@ const (
 	MaxTokenText      = 16 << 10 // bytes
 	maxTokenGateways  = 16
 	maxTokenAddresses = 8 // per gateway
-	maxAddress        = 262
 	checksumSize      = 8
 	idSize            = 8
 	secretSize        = 16
