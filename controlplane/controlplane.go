@@ -271,7 +271,7 @@ func (c *ControlPlane) startAPI(ctx context.Context) error {
 	}
 	c.api, err = configapi.Start(ctx, configapi.Config{
 		Dir: store.Path(), SocketDir: c.dir.Path("run"), Listen: c.cfg.APIListen, ServingCertPEM: cert, ServingKeyPEM: key,
-		ClientCAPEM: c.ca.APIRootPEM(), Logger: c.log,
+		ClientCAPEM: c.ca.APIRootPEM(), Allow: c.allowAPIClient, Logger: c.log,
 	})
 	if err != nil {
 		return fmt.Errorf("configuration API: %w", err)

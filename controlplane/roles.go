@@ -4,8 +4,10 @@ package controlplane
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"strings"
 	"sync"
@@ -18,6 +20,7 @@ import (
 	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
 // role of an operator; each may do what the lower ones may.
@@ -97,6 +100,25 @@ func (r *operatorRoles) of(name string, now time.Time) role {
 		return roleNone
 	}
 	return roleNames[g.Role]
+}
+
+// allowAPIClient judges a client certificate of the configuration API by what 7400 would say of its operator: a certificate alone
+// keeps the role that it was issued with, also after that was lowered or its holder withdrawn.
+func (c *ControlPlane) allowAPIClient(leaf *x509.Certificate) error {
+	name := leaf.Subject.CommonName
+	id, err := spiffeid.Operator(c.self.trustDomain, name)
+	if err != nil {
+		return err
+	}
+	if reason, denied := c.denied.Denied(id); denied {
+		return fmt.Errorf("%s was withdrawn: %s", id, reason)
+	}
+	for _, g := range leaf.Subject.Organization {
+		if roleNames[g] > c.roles.of(name, c.now()) {
+			return fmt.Errorf("%s does not have the role %s any more", id, g)
+		}
+	}
+	return nil
 }
 
 // authorizeOperator judges a call of the Operator service that came over mTLS. Calls of other services pass: identity's table

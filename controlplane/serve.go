@@ -14,6 +14,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/internal/peercred"
+	"github.com/strait-mesh/strait/trust/withdrawal"
 )
 
 // listenLocal opens the data directory's sockets: their user is admin.
@@ -103,10 +104,14 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 	}
 }
 
-// denyLoop judges discovery and connections again whenever an identity was withdrawn.
+// denyLoop ends the connections of identities that were withdrawn, and with them their streams, and judges discovery again.
 func (c *ControlPlane) denyLoop(ctx context.Context) error {
 	for {
 		changed := c.denied.Changed()
+		c.registry.Judge(func(s withdrawal.Subject) (string, bool) {
+			reason, denied := c.denied.Denied(s.Identity)
+			return reason, !denied
+		})
 		c.discovery.Judge()
 		select {
 		case <-ctx.Done():
