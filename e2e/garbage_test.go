@@ -71,6 +71,7 @@ func TestGarbageOnEveryPort(t *testing.T) {
 	}
 	wg.Go(func() { udpGarbage(t, ports) })
 	wg.Wait()
+	insideGarbage(t, us, eu, web)
 	closed := time.Now()
 	honest.stop()
 	<-honest.done

@@ -34,6 +34,14 @@ type redTeam struct {
 	td      spiffeid.TrustDomain
 	ca      *ca.CA
 	bundles *trust.Bundles
+	stops   []func() // of its tunnels
+}
+
+// hangUp ends its tunnels.
+func (r *redTeam) hangUp() {
+	for _, stop := range r.stops {
+		stop()
+	}
 }
 
 func openCA(t testing.TB, c *harness.Cluster) *ca.CA {
@@ -110,7 +118,9 @@ func (r *redTeam) tunnel(target *harness.Cluster, path string) (*tunnel.Session,
 	run, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = e.Run(run) })
-	r.t.Cleanup(func() { cancel(); wg.Wait() })
+	stop := sync.OnceFunc(func() { cancel(); wg.Wait() })
+	r.stops = append(r.stops, stop)
+	r.t.Cleanup(stop)
 	td, err := spiffeid.ParseTrustDomain(target.Name + ".acme")
 	if err != nil {
 		r.t.Fatal(err)
