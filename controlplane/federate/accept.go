@@ -126,6 +126,10 @@ func (m *Manager) decide(claim *join.Claim) (*join.Verdict, error) {
 	if err := m.nameFreeLocked(claim.TrustDomain, claim.Cluster, claim.Bundle.Hash(), tok.Issued); err != nil {
 		return nil, err
 	}
+	if p := m.peers[claim.TrustDomain]; tok.State(m.now()) == join.Used && (p == nil || p.rec.TokenID != tok.ID) {
+		return nil, problem.New(problem.TokenExpired, "token %s was used: %s joined with it, and has left since", tok.ID, claim.Cluster).
+			WithWhy("a token lets a cluster in once").WithState("nothing was changed on either side")
+	}
 	v := &join.Verdict{Approve: string(tok.Approve), Resumed: tok.IsBound(), Members: m.membersLocked(claim.TrustDomain)}
 	if claim.CheckOnly {
 		v.Outcome, v.Expires = join.Checked, tok.Expires
@@ -279,6 +283,9 @@ func (m *Manager) takeCatalog(td spiffeid.TrustDomain, theirs *controlpb.JoinCat
 		}
 	}
 	return m.update(td, func(r *record) error {
+		if r.Role == "" {
+			return problem.New(problem.TrustRefused, "%s was withdrawn meanwhile", td)
+		}
 		r.stage("catalog")
 		return nil
 	})

@@ -204,6 +204,16 @@ func TestJoinRefusals(t *testing.T) {
 			thief.start()
 			return thief, token
 		}, problem.TokenBound},
+		{"used by a member that has left since", func(t *testing.T, w *world) (*cluster, string) {
+			us, eu := w.clusters["us-east"], w.clusters["eu-west"]
+			token := us.issue(&controlpb.TokenIssueRequest{Cluster: "eu-west"})
+			if _, err := eu.join(token); err != nil {
+				t.Fatal(err)
+			}
+			must(t, eu.m.Leave(context.Background(), func(*controlpb.JoinProgress) {}))
+			us.eventually("the member is gone", func(v *federate.View) bool { return v.ByCluster("eu-west") == nil })
+			return eu, token
+		}, problem.TokenExpired},
 		{"expired", func(t *testing.T, w *world) (*cluster, string) {
 			token := w.clusters["us-east"].issue(&controlpb.TokenIssueRequest{Cluster: "eu-west", TtlSeconds: 60})
 			w.mu.Lock()
