@@ -77,8 +77,14 @@ func (p Peer) equal(q Peer) bool {
 		})
 }
 
-// maxGateways bounds how many gateways of one peer are dialled.
-const maxGateways = 16
+const (
+	// maxGateways bounds how many gateways of one peer are dialled.
+	maxGateways = 16
+	// maxLinks bounds the links that one peer may have opened here: two for a session of each gateway, and as many again for
+	// those that replace them, twice over. maxPending bounds the sessions of one peer whose second link has not come.
+	maxLinks   = 8 * maxGateways
+	maxPending = 2 * maxGateways
+)
 
 // Endpoint is one gateway's side of all its tunnels.
 type Endpoint struct {
@@ -96,6 +102,7 @@ type Endpoint struct {
 	peers    map[spiffeid.TrustDomain]Peer
 	sessions map[*Session]struct{}
 	pending  map[[16]byte]*pendingSession // by nonce: first lane there, second awaited
+	accepted map[spiffeid.TrustDomain]int // links that each peer has opened
 	dialers  map[dialKey]*dialer
 	bump     chan struct{} // closed and replaced on each change
 	runCtx   context.Context
@@ -127,7 +134,7 @@ func Listen(cfg Config) (*Endpoint, error) {
 		joinRL: rate.NewLimiter(5, 16), peers: make(map[spiffeid.TrustDomain]Peer),
 		sessions: make(map[*Session]struct{}), pending: make(map[[16]byte]*pendingSession),
 		dialers: make(map[dialKey]*dialer), bump: make(chan struct{}), lastErr: make(map[spiffeid.TrustDomain]string),
-		joins: make(map[*string]struct{}),
+		joins: make(map[*string]struct{}), accepted: make(map[spiffeid.TrustDomain]int),
 	}
 	if e.cfg.HeadStart <= 0 {
 		e.cfg.HeadStart = tcpHeadStart

@@ -197,6 +197,35 @@ func TestWhoMayHaveASession(t *testing.T) {
 	}
 }
 
+// TestOnePeersLinksAreBounded: a peer that opens session after session is refused, and may come back when some have ended.
+func TestOnePeersLinksAreBounded(t *testing.T) {
+	a, b := newDomain(t, "aa"), newDomain(t, "bb")
+	for _, udp := range []bool{true, false} {
+		y := b.run(t, Config{DisableUDP: !udp}, a)
+		y.SetPeers([]Peer{{TrustDomain: a.td, Cluster: "aa", Ready: true}})
+		x := a.run(t, Config{DisableUDP: !udp}, b)
+		if !y.countLink(a.td, maxLinks-1) { // as if they were open; a session takes two more
+			t.Fatal("refused below the bound")
+		}
+		if s, err := x.race(t.Context(), b.td, []string{y.Addr().String()}); err == nil {
+			t.Error("a session beyond the bound")
+			s.discard()
+		}
+		y.countLink(a.td, 1-maxLinks)
+		s, err := x.race(t.Context(), b.td, []string{y.Addr().String()})
+		if err != nil {
+			t.Fatal(err)
+		}
+		y.await(t, "the session is there", func() bool { return len(y.Sessions()) == 1 })
+		s.discard()
+		y.await(t, "nothing is counted any more", func() bool {
+			y.mu.Lock()
+			defer y.mu.Unlock()
+			return len(y.accepted) == 0
+		})
+	}
+}
+
 // TestStreamsEndAsTheyWereEnded: an end is an end, a reset a reset, and a dead session no clean end.
 func TestStreamsEndAsTheyWereEnded(t *testing.T) {
 	for _, udp := range []bool{true, false} {

@@ -124,23 +124,43 @@ func (e *Endpoint) serveTCP(ctx context.Context, c net.Conn, config *tls.Config)
 	}
 }
 
-// serveLink answers the hello of an accepted link, and makes a session of it or gives it to the one it names.
+// serveLink answers the hello of an accepted link, and makes a session of it or gives it to the one it names. It returns when
+// the link has ended.
 func (e *Endpoint) serveLink(ctx context.Context, l link, transport string) {
-	err := e.greet(ctx, l, transport)
+	peer, err := trust.PeerFromState(l.state())
+	if err == nil {
+		err = e.authorize(peer.ID) // the peer may have gone since the handshake
+	}
+	if err == nil && !e.countLink(peer.ID.TrustDomain(), 1) {
+		err = errors.New("the peer has too many links")
+	}
 	if err != nil {
 		e.log.Debug("tunnel refused", "address", l.remoteAddr().String(), "error", err.Error())
 		l.close(closeRefused, "refused")
+		return
 	}
+	defer e.countLink(peer.ID.TrustDomain(), -1)
+	if err := e.greet(ctx, l, peer.ID, transport); err != nil {
+		e.log.Debug("tunnel refused", "address", l.remoteAddr().String(), "error", err.Error())
+		l.close(closeRefused, "refused")
+	}
+	<-l.done()
 }
 
-func (e *Endpoint) greet(ctx context.Context, l link, transport string) error {
-	peer, err := trust.PeerFromState(l.state())
-	if err != nil {
-		return err
+// countLink counts a link that a peer opened, or that has ended; it reports false when there are too many.
+func (e *Endpoint) countLink(td spiffeid.TrustDomain, n int) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if n > 0 && e.accepted[td] >= maxLinks {
+		return false
 	}
-	if err := e.authorize(peer.ID); err != nil { // the peer may have gone since the handshake
-		return err
+	if e.accepted[td] += n; e.accepted[td] == 0 {
+		delete(e.accepted, td)
 	}
+	return true
+}
+
+func (e *Endpoint) greet(ctx context.Context, l link, id spiffeid.ID, transport string) error {
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	defer cancel()
 	st, err := l.accept(hctx)
@@ -167,9 +187,9 @@ func (e *Endpoint) greet(ctx context.Context, l link, transport string) error {
 		return e.answer(st, answer)
 	}
 	if h.Lane == laneInteractive {
-		return e.joinLane(l, st, answer, peer.ID)
+		return e.joinLane(l, st, answer, id)
 	}
-	return e.awaitLane(ctx, l, st, answer, peer.ID, transport)
+	return e.awaitLane(ctx, l, st, answer, id, transport)
 }
 
 func (e *Endpoint) answer(st Stream, a hello) error {
@@ -197,7 +217,7 @@ func (e *Endpoint) answer(st Stream, a hello) error {
 func (e *Endpoint) awaitLane(ctx context.Context, l link, st Stream, a hello, id spiffeid.ID, transport string) error {
 	p := &pendingSession{s: newSession(e, l, id, transport, false, a.Nonce), lane: make(chan link), gone: make(chan struct{})}
 	e.mu.Lock()
-	if _, dup := e.pending[a.Nonce]; dup || len(e.pending) >= 256 {
+	if _, dup := e.pending[a.Nonce]; dup || e.pendingLocked(id.TrustDomain()) >= maxPending {
 		e.mu.Unlock()
 		return errors.New("too many sessions in the making, or a doubled nonce")
 	}
@@ -229,6 +249,15 @@ func (e *Endpoint) awaitLane(ctx context.Context, l link, st Stream, a hello, id
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+func (e *Endpoint) pendingLocked(td spiffeid.TrustDomain) (n int) {
+	for _, p := range e.pending {
+		if p.s.Peer() == td {
+			n++
+		}
+	}
+	return n
 }
 
 // joinLane gives an interactive link to the session that waits for it.
