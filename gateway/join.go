@@ -23,6 +23,7 @@ const (
 	joinDialMax = 30 * time.Second
 	joinLife    = 5 * time.Minute
 	linkWait    = 8 * time.Second // of an inbound conversation, for the link to come back
+	maxMessage  = 1024            // bytes of an error's text
 )
 
 // conversation is one join conversation that this gateway relays between the far gateway and its own control plane.
@@ -126,7 +127,7 @@ func (l *link) dialJoin(s *linkStream, d *controlpb.JoinDial) {
 		if errors.As(err, &verify) {
 			code = problem.IdentityMismatch
 		}
-		l.closeJoin(s, conv, string(code), cut(err.Error(), 1024))
+		l.closeJoin(s, conv, string(code), err.Error())
 		return
 	}
 	opened, err := openedOf(jc)
@@ -252,12 +253,12 @@ func (l *link) relayJoin(ctx context.Context, s *linkStream, conv *conversation,
 	}
 	code, message := "", ""
 	if !errors.Is(err, io.EOF) {
-		code, message = string(problem.GatewayNotReachable), cut(errString(err), 512)
+		code, message = string(problem.GatewayNotReachable), cut(errString(err), maxMessage)
 	}
 	_ = up(&controlpb.JoinFrame{Close: true, ErrorCode: code, ErrorMessage: message})
 }
 
 func (l *link) closeJoin(s *linkStream, conv *conversation, code, message string) {
 	_ = s.send(s.ctx, &controlpb.GatewayMessage{Message: &controlpb.GatewayMessage_Join{Join: &controlpb.JoinFrame{
-		Id: conv.id, Inbound: conv.inbound, Close: true, ErrorCode: code, ErrorMessage: message}}})
+		Id: conv.id, Inbound: conv.inbound, Close: true, ErrorCode: code, ErrorMessage: cut(message, maxMessage)}}})
 }

@@ -6,8 +6,10 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"google.golang.org/grpc"
 
@@ -356,11 +358,15 @@ func errString(err error) string {
 	return err.Error()
 }
 
+// cut is text for the control plane, at most n bytes of s: what others say of themselves is in many errors, and a byte that is
+// not UTF-8 would end the link, again and again.
 func cut(s string, n int) string {
-	if len(s) > n {
-		return s[:n]
-	}
-	return s
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s[:min(len(s), n)], "?"))
 }
 
 func answerError(code problem.Code, what string) *controlpb.Answer {

@@ -7,10 +7,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"net"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/quic-go/quic-go"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/test/bufconn"
@@ -291,5 +293,26 @@ func TestJoinConversationsAreRelayed(t *testing.T) {
 	dial(8, pin)
 	if f := frame(cpe, "refusal", func(f *controlpb.JoinFrame) bool { return f.Close }); f.Id != 8 || f.ErrorCode != "STR-2210" {
 		t.Errorf("another pin: %v", f)
+	}
+}
+
+// TestStrangersWordsDoNotEndTheLink: the reason with which a stranger closes its connection ends up in an error, and may be any bytes.
+func TestStrangersWordsDoNotEndTheLink(t *testing.T) {
+	west, stranger := newCluster(t, "eu-west"), newCluster(t, "thief")
+	cp := west.controlPlane()
+	west.start()
+	cp.hear("hello", func(m *controlpb.GatewayMessage) bool { return m.GetHello() != nil })
+	config := trust.PinnedClientTLS(west.ca.Bundle().Hash(), stranger.client.source, nil,
+		trust.TLSOptions{Authorize: trust.AuthorizeAny(), ALPN: []string{tunnel.ALPNJoin}}, nil)
+	conn := must(quic.DialAddr(t.Context(), west.addrs.Listen, config, nil))
+	st := must(conn.OpenStreamSync(t.Context()))
+	if err := tunnel.WriteFrame(st, []byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	cp.hear("the conversation", func(m *controlpb.GatewayMessage) bool { return string(m.GetJoin().GetBody()) == "hello" })
+	_ = conn.CloseWithError(1, "\xff\x1b[2J")
+	end := cp.hear("its end", func(m *controlpb.GatewayMessage) bool { return m.GetJoin().GetClose() }).GetJoin()
+	if end.ErrorMessage == "" || strings.ContainsAny(end.ErrorMessage, "\x1b\xff") {
+		t.Errorf("the control plane is told %q", end.ErrorMessage)
 	}
 }
