@@ -88,6 +88,3 @@ func (r *Rendering) Joined(st *controlpb.StatusResponse, last *controlpb.JoinPro
 
 // Report renders an error and returns its exit code.
 func (r *Rendering) Report(err error) int { return r.e.report(context.Background(), err) }
-
-// Waterfall renders one trace.
-func (r *Rendering) Waterfall(t *controlpb.Trace) string { return waterfall(t, 30) }
