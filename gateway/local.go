@@ -32,6 +32,7 @@ const (
 	handshakeTimeout  = 5 * time.Second
 	peersEvery        = 2 * time.Second
 	localWriteTimeout = 5 * time.Second
+	localSilence      = 15 * time.Second // sidecars ping every second; what one said last counts no longer
 	localWireVersion  = 1
 )
 
@@ -265,6 +266,7 @@ func (s *localSession) readMessage(m *controlpb.ToGateway) error {
 
 func (s *localSession) read() error {
 	for {
+		_ = s.conn.SetReadDeadline(time.Now().Add(localSilence))
 		var m controlpb.ToGateway
 		if err := s.readMessage(&m); err != nil {
 			if errors.Is(err, io.EOF) {
