@@ -79,7 +79,7 @@ func (s *Sidecar) dialFor(svc *service, key groupKey) func(context.Context, pool
 
 func (s *Sidecar) clientConn(c *inner.Conn, protocol string) (*pooledConn, error) {
 	hc, err := sidecarhttp.NewClientConn(c, sidecarhttp.ConnConfig{
-		Protocol: protocol, PingEvery: pingEvery, PingTimeout: pingTimeout,
+		Protocol: protocol, PingEvery: pingEvery, PingTimeout: pingTimeout, SuspectAfter: suspectAfter,
 	})
 	if err != nil {
 		return nil, err

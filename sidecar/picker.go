@@ -22,9 +22,11 @@ import (
 )
 
 const (
-	// A vanished peer goes unnoticed by an idle pooled connection for at most the sum.
-	pingEvery   = time.Second
-	pingTimeout = 2 * time.Second
+	// A vanished peer goes unnoticed by a pooled connection for at most the sum. New requests stay away sooner: the retry
+	// budget cannot carry three seconds of calls that all break at once.
+	pingEvery    = time.Second
+	pingTimeout  = 2 * time.Second
+	suspectAfter = 1700 * time.Millisecond
 	// firstWait is how long a call waits for a service that was never asked for before.
 	firstWait = 5 * time.Second
 	// pickWait bounds all dials of one pick.

@@ -37,6 +37,9 @@ type ConnConfig struct {
 	// cost a frame per idle connection and interval. Defaults 5 s and 4 s.
 	PingEvery   time.Duration
 	PingTimeout time.Duration
+	// SuspectAfter is how long nothing may be received, though a ping was sent, before Ready says no (h2): what is in flight
+	// may still be answered, and new requests go elsewhere. Default PingEvery and half of PingTimeout.
+	SuspectAfter time.Duration
 	// HeaderBytes limits a response's head; default 64 KiB.
 	HeaderBytes int
 }
@@ -53,6 +56,9 @@ func (cfg ConnConfig) withDefaults(c net.Conn) ConnConfig {
 	}
 	if cfg.PingTimeout <= 0 {
 		cfg.PingTimeout = 4 * time.Second
+	}
+	if cfg.SuspectAfter <= 0 {
+		cfg.SuspectAfter = cfg.PingEvery + cfg.PingTimeout/2
 	}
 	if cfg.HeaderBytes <= 0 {
 		cfg.HeaderBytes = 64 << 10
@@ -82,6 +88,7 @@ type Conn struct {
 	h2      *http2.ClientConn // nil on http/1.1
 	active  atomic.Int64
 	retired atomic.Bool
+	suspect time.Duration // silence after which it takes nothing new
 
 	cancel context.CancelFunc // of Retire's wait
 	ctx    context.Context
@@ -92,7 +99,7 @@ type Conn struct {
 // connection that speaks http/1.1 carries one request at a time.
 func NewClientConn(c net.Conn, cfg ConnConfig) (*Conn, error) {
 	cfg = cfg.withDefaults(c)
-	conn := &Conn{watched: &watchedConn{Conn: c, closed: make(chan struct{})}}
+	conn := &Conn{watched: &watchedConn{Conn: c, closed: make(chan struct{}), born: time.Now()}, suspect: cfg.SuspectAfter}
 	conn.ctx, conn.cancel = context.WithCancel(context.Background())
 	t1 := &nethttp.Transport{
 		DisableCompression: true, ExpectContinueTimeout: continueAfter, MaxResponseHeaderBytes: int64(cfg.HeaderBytes),
@@ -185,7 +192,7 @@ func (c *Conn) Ready() bool {
 		return false
 	}
 	if c.h2 != nil {
-		return c.h2.CanTakeNewRequest()
+		return c.watched.silence() < c.suspect && c.h2.CanTakeNewRequest()
 	}
 	return c.active.Load() == 0
 }
@@ -240,6 +247,21 @@ type watchedConn struct {
 	once   sync.Once
 	closed chan struct{}
 	err    error
+	born   time.Time
+	heard  atomic.Int64 // when something was last received, since born
+}
+
+func (w *watchedConn) Read(b []byte) (int, error) {
+	n, err := w.Conn.Read(b)
+	if n > 0 {
+		w.heard.Store(int64(time.Since(w.born)))
+	}
+	return n, err
+}
+
+// silence is how long nothing has been received.
+func (w *watchedConn) silence() time.Duration {
+	return time.Since(w.born) - time.Duration(w.heard.Load())
 }
 
 func (w *watchedConn) Close() error {
