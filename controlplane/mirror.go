@@ -48,8 +48,15 @@ func (p peerObjects) Upsert(ctx context.Context, peer federate.Peer) error {
 		ObjectMeta: metav1.ObjectMeta{Name: peer.Cluster.String()},
 		Spec:       api.PeerSpec{TrustDomain: peer.TrustDomain.String(), Sameness: peer.Sameness},
 	}
-	if have := p.c.peerObject(peer.Cluster); have == nil || have.Spec.TrustDomain != o.Spec.TrustDomain || !slices.Equal(have.Spec.Sameness, o.Spec.Sameness) {
+	switch have := p.c.peerObject(peer.Cluster); {
+	case have == nil:
 		if err := p.c.objects.Apply(ctx, o.Kind, o); err != nil {
+			return err
+		}
+	case have.Spec.TrustDomain != o.Spec.TrustDomain || !slices.Equal(have.Spec.Sameness, o.Spec.Sameness):
+		// What an operator granted goes with the record, too: an evicted name may come back as another cluster.
+		fields := map[string]any{"trustDomain": o.Spec.TrustDomain, "sameness": append([]string{}, o.Spec.Sameness...)}
+		if err := p.c.objects.SetSpec(ctx, api.Ref{Kind: o.Kind, Name: o.Name}, fields); err != nil {
 			return err
 		}
 	}

@@ -95,6 +95,24 @@ func TestStore(t *testing.T) {
 	if err != nil || got.GetResourceVersion() != version {
 		t.Errorf("conditions that are the same were written: %v", err)
 	}
+	// What an operator wrote into a list stays there when we apply the list without it, and goes when we set it.
+	peer := api.Ref{Kind: api.KindPeer, Name: "eu-west"}
+	kp, _ := api.KindNamed(api.KindPeer)
+	edit := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "strait.dev/v1alpha1", "kind": "Peer",
+		"metadata": map[string]any{"name": "eu-west"}, "spec": map[string]any{"sameness": []any{"shop"}}}}
+	if _, err := d.Resource(kp.Resource()).Apply(ctx, "eu-west", edit, metav1.ApplyOptions{FieldManager: "operator"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Apply(ctx, api.KindPeer, &api.Peer{ObjectMeta: metav1.ObjectMeta{Name: "eu-west"}, Spec: api.PeerSpec{TrustDomain: "eu-west.acme"}}); err != nil {
+		t.Fatal(err)
+	}
+	until("the operator's edit", func(o *api.Objects) bool { return len(o.Peers[0].Spec.Sameness) == 1 })
+	if err := st.SetSpec(ctx, peer, map[string]any{"sameness": []string{}}); err != nil {
+		t.Fatal(err)
+	}
+	until("sameness withdrawn", func(o *api.Objects) bool {
+		return len(o.Peers[0].Spec.Sameness) == 0 && o.Peers[0].Spec.TrustDomain == "eu-west.acme"
+	})
 	x := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "multicluster.x-k8s.io/v1beta1", "kind": "ServiceExport",
 		"metadata": map[string]any{"name": "web", "namespace": "shop"}}}
 	kx, _ := api.KindNamed(api.KindServiceExport)

@@ -4,6 +4,7 @@ package objects
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 
 	"github.com/strait-mesh/strait/controlplane/api"
@@ -52,6 +54,22 @@ func (s *Store) Apply(ctx context.Context, kind string, object any) error {
 	}
 	if _, err := r.Apply(ctx, u.GetName(), u, metav1.ApplyOptions{FieldManager: Owner, Force: true}); err != nil {
 		return fmt.Errorf("apply %s: %w", ref, err)
+	}
+	return nil
+}
+
+// SetSpec replaces whole fields of an object's spec, lists included: Apply leaves in them what other owners have put there.
+func (s *Store) SetSpec(ctx context.Context, ref api.Ref, fields map[string]any) error {
+	r, _, err := s.resource(ref)
+	if err != nil {
+		return err
+	}
+	patch, err := json.Marshal(map[string]any{"spec": fields})
+	if err == nil {
+		_, err = r.Patch(ctx, ref.Name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: Owner})
+	}
+	if err != nil {
+		return fmt.Errorf("set fields of %s: %w", ref, err)
 	}
 	return nil
 }
