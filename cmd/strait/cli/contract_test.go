@@ -230,7 +230,7 @@ func TestNoDemo(t *testing.T) {
 func TestGlobalFlagsFromEnvironment(t *testing.T) {
 	values := map[string]string{
 		"data-dir": "/d", "context": "lab", "namespace": "shop", "output": "json", "jq": ".x", "no-headers": "true", "ascii": "true",
-		"quiet": "true", "verbose": "true", "yes": "true", "timeout": "7s",
+		"quiet": "true", "verbose": "true", "yes": "true", "wait": "programmed", "timeout": "7s",
 	}
 	vars := map[string]string{}
 	for name, v := range values {
@@ -251,7 +251,7 @@ func TestGlobalFlagsFromEnvironment(t *testing.T) {
 	if got, err := cli.Globals(vars, "--timeout", "9s", "-o", "yaml"); err != nil || got["timeout"] != "9s" || got["output"] != "yaml" {
 		t.Errorf("flags over variables: %v, timeout %s, output %s", err, got["timeout"], got["output"])
 	}
-	for k, v := range map[string]string{"STRAIT_TIMEOUT": "soon", "STRAIT_ASCII": "perhaps", "STRAIT_OUTPUT": "xml"} {
+	for k, v := range map[string]string{"STRAIT_TIMEOUT": "soon", "STRAIT_ASCII": "perhaps", "STRAIT_OUTPUT": "xml", "STRAIT_WAIT": "forever"} {
 		_, err := cli.Globals(map[string]string{k: v})
 		if !problem.Is(err, problem.Usage) || !strings.Contains(err.Error(), v) {
 			t.Errorf("%s=%s: %v", k, v, err)

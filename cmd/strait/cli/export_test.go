@@ -32,7 +32,7 @@ func Globals(vars map[string]string, args ...string) (map[string]string, error) 
 	root := newRoot(e)
 	got := map[string]string{}
 	probe := &cobra.Command{Use: "probe", RunE: func(cmd *cobra.Command, _ []string) error {
-		for _, name := range []string{"data-dir", "context", "namespace", "output", "jq", "no-headers", "ascii", "quiet", "verbose", "yes", "timeout"} {
+		for _, name := range []string{"data-dir", "context", "namespace", "output", "jq", "no-headers", "ascii", "quiet", "verbose", "yes", "wait", "timeout"} {
 			got[name] = cmd.Flag(name).Value.String()
 		}
 		return nil

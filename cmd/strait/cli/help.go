@@ -40,7 +40,7 @@ Documents have apiVersion cli.strait.dev/v1 and a kind; objects of the configura
 error is a document too: code, title, what, why, fix, state, and retryable, cluster, object, field.
 Nothing is ever coloured. --ascii replaces the signs ✓ ✗ … by + x and a dot; the word beside a sign says the same.`},
 	{"environment", "Environment variables", `Every global flag has a variable: STRAIT_DATA_DIR, STRAIT_CONTEXT, STRAIT_NAMESPACE, STRAIT_OUTPUT, STRAIT_JQ, STRAIT_NO_HEADERS,
-STRAIT_ASCII, STRAIT_QUIET, STRAIT_VERBOSE, STRAIT_YES, STRAIT_TIMEOUT. A flag wins over its variable.
+STRAIT_ASCII, STRAIT_QUIET, STRAIT_VERBOSE, STRAIT_YES, STRAIT_WAIT, STRAIT_TIMEOUT. A flag wins over its variable.
 Every flag of the roles (controlplane, gateway, sidecar) has one too, and wins over the file: strait gateway config shows where each value
 came from.
 
