@@ -10,6 +10,11 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/peer"
+
+	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/controlplane/identity"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 	"github.com/strait-mesh/strait/trust/withdrawal"
 )
@@ -88,5 +93,35 @@ func TestAPICertificateFollowsItsOperator(t *testing.T) {
 	}
 	if c.allowAPIClient(leaf) == nil {
 		t.Error("allowed after alice was withdrawn")
+	}
+}
+
+func TestWhoMayWithdrawWhom(t *testing.T) {
+	c := closed(t)
+	as := func(role string) context.Context {
+		if err := c.roles.grant(role, role, time.Now().Add(time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		id, err := spiffeid.Operator(c.self.trustDomain, role)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return peer.NewContext(t.Context(), &peer.Peer{AuthInfo: identity.AuthInfo{Peer: trust.Peer{ID: id}}})
+	}
+	for _, tt := range []struct {
+		path, role string
+		want       bool
+	}{
+		{"ns/shop/sa/web", "operator", true},
+		{"strait/gateway/gateway-1", "operator", false},
+		{"strait/gateway/gateway-1", "admin", true},
+		{"strait/operator/admin", "operator", false},
+		{"strait/controlplane", "admin", false},
+		{"strait/catalog-signer", "admin", false},
+	} {
+		req := &controlpb.WorkloadEvictRequest{SpiffeId: "spiffe://" + c.self.trustDomain.String() + "/" + tt.path}
+		if _, err := (&operator{c: c}).WorkloadEvict(as(tt.role), req); (err == nil) != tt.want {
+			t.Errorf("%s withdraws %s: %v", tt.role, tt.path, err)
+		}
 	}
 }
