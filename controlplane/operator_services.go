@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"google.golang.org/protobuf/proto"
 
@@ -293,6 +294,7 @@ func (o *operator) Trace(ctx context.Context, req *controlpb.TraceRequest) (*con
 	var wg sync.WaitGroup
 	slots := make(chan struct{}, 8)
 	for _, t := range r.Traces {
+		from, to := extent(t)
 		for _, peer := range o.c.federate.View().Peers {
 			if !peer.Ready() || !concerns(t, peer.Cluster) {
 				continue
@@ -307,7 +309,7 @@ func (o *operator) Trace(ctx context.Context, req *controlpb.TraceRequest) (*con
 					unreachable[peer.Cluster.String()] = true
 					return
 				}
-				t.Spans = append(t.Spans, spans...)
+				t.Spans = append(t.Spans, believable(spans, from, to)...)
 			})
 		}
 	}
@@ -327,6 +329,54 @@ func concerns(t *controlpb.Trace, cluster federation.ClusterName) bool {
 		}
 	}
 	return false
+}
+
+// extent is when a trace was, as far as our own spans know.
+func extent(t *controlpb.Trace) (from, to int64) {
+	for i, s := range t.Spans {
+		if i == 0 || s.StartUnixNano < from {
+			from = s.StartUnixNano
+		}
+		to = max(to, s.EndUnixNano)
+	}
+	return from, to
+}
+
+const (
+	maxForeignSpans = 500              // of one member in one trace
+	spanSkew        = 10 * time.Minute // by which another cluster's clock may differ from ours
+)
+
+// believable leaves out of a member's spans what cannot be of a trace that was between from and to, and of their text what does not
+// belong on a terminal.
+func believable(spans []*controlpb.Span, from, to int64) []*controlpb.Span {
+	var out []*controlpb.Span
+	for _, s := range spans {
+		if s.StartUnixNano < from-int64(spanSkew) || s.EndUnixNano > to+int64(spanSkew) || s.EndUnixNano < s.StartUnixNano ||
+			len(out) == maxForeignSpans {
+			continue
+		}
+		for _, text := range []*string{&s.SpanId, &s.ParentId, &s.Name, &s.Kind, &s.Service, &s.Status, &s.StatusMessage} {
+			*text = printable(*text)
+		}
+		for k, v := range s.Attributes {
+			s.Attributes[k] = printable(v)
+		}
+		for _, e := range s.Events {
+			e.Name = printable(e.Name)
+		}
+		out = append(out, s)
+	}
+	return out
+}
+
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, s)
 }
 
 func (o *operator) spansOf(ctx context.Context, peer *federate.Peer, id string) ([]*controlpb.Span, error) {
