@@ -11,6 +11,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/quic-go/quic-go"
 	"google.golang.org/grpc"
@@ -312,7 +313,7 @@ func TestStrangersWordsDoNotEndTheLink(t *testing.T) {
 	cp.hear("the conversation", func(m *controlpb.GatewayMessage) bool { return string(m.GetJoin().GetBody()) == "hello" })
 	_ = conn.CloseWithError(1, "\xff\x1b[2J")
 	end := cp.hear("its end", func(m *controlpb.GatewayMessage) bool { return m.GetJoin().GetClose() }).GetJoin()
-	if end.ErrorMessage == "" || strings.ContainsAny(end.ErrorMessage, "\x1b\xff") {
+	if end.ErrorMessage == "" || strings.ContainsRune(end.ErrorMessage, 0x1b) || !utf8.ValidString(end.ErrorMessage) {
 		t.Errorf("the control plane is told %q", end.ErrorMessage)
 	}
 }
