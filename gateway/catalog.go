@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
@@ -24,6 +25,8 @@ const (
 	pullBackoffMax = 10 * time.Second
 	updateTimeout  = 30 * time.Second // to write one update
 	offersDir      = "catalogs/offers"
+	updateRate     = 20 // updates of one peer a second; an honest origin signs at most as many
+	updateBurst    = 100
 )
 
 // takeOffer keeps what a consumer may see, and serves it from then on, also without the control plane.
@@ -152,6 +155,7 @@ type pull struct {
 	cancel context.CancelFunc
 	kick   chan struct{} // a hint came
 	again  chan struct{} // start over from nothing
+	pace   *rate.Limiter // of the updates taken: each costs a signature and a hash over all entries
 }
 
 // syncPulls runs one pull for each peer that is ready.
@@ -169,7 +173,8 @@ func (g *Gateway) syncPulls(ctx context.Context, v *view) {
 			continue
 		}
 		pctx, cancel := context.WithCancel(ctx)
-		p := &pull{cancel: cancel, kick: make(chan struct{}, 1), again: make(chan struct{}, 1)}
+		p := &pull{cancel: cancel, kick: make(chan struct{}, 1), again: make(chan struct{}, 1),
+			pace: rate.NewLimiter(updateRate, updateBurst)}
 		g.pulls[td] = p
 		g.wg.Go(func() { g.pullLoop(pctx, td, p) })
 	}
@@ -263,6 +268,9 @@ func (g *Gateway) pullFrom(ctx context.Context, s *tunnel.Session, td spiffeid.T
 		return 0, err
 	}
 	for ; ; n++ {
+		if err := p.pace.Wait(ctx); err != nil {
+			return n, err
+		}
 		b, err := tunnel.ReadFrame(st, maxUpdate)
 		if err != nil {
 			return n, err

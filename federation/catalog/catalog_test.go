@@ -583,6 +583,20 @@ func TestQuotas(t *testing.T) {
 	if err := apply(s, 10, 3); err != nil {
 		t.Errorf("the allowance has grown: %v", err)
 	}
+	// Heads that change nothing are changes, too: each is stored.
+	idle := openStore(t, storeDir(t), catalog.StoreConfig{MaxEntries: 10, ChangesPerSecond: 5, Now: clock})
+	h := catalog.Head{TrustDomain: euWest, Consumer: usEast, Epoch: 1, Hash: emptyHash(t, eu), TTL: time.Minute, IssuedAt: now}
+	for range 11 {
+		h.Seq++
+		sh, err := catalog.Sign(h, eu.signer)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = idle.Apply(euWest, &controlpb.CatalogUpdate{Head: sh, Snapshot: true}, b)
+		if want := map[bool]string{false: "<nil>", true: "changes"}[h.Seq > 10]; quota(err) != want {
+			t.Errorf("update %d in one moment: %s, want %s", h.Seq, quota(err), want)
+		}
+	}
 	small := openStore(t, storeDir(t), catalog.StoreConfig{MaxBytes: 100, Now: clock})
 	if got := quota(apply(small, 10, 4)); got != "bytes" {
 		t.Errorf("too many bytes: %s", got)

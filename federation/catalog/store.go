@@ -36,7 +36,7 @@ type StoreConfig struct {
 	Self             spiffeid.TrustDomain // the consumer: heads for anybody else are refused
 	MaxEntries       int                  // per peer
 	MaxBytes         int                  // per peer, keys and bodies
-	ChangesPerSecond float64              // per peer, sustained; MaxEntries at once
+	ChangesPerSecond float64              // per peer, sustained; MaxEntries at once. An update is one, a snapshot an eighth of its entries, at least
 	AllowLoopback    bool                 // accept loopback addresses in gateway records (one-machine demos and tests)
 	Now              func() time.Time
 	Logger           *slog.Logger
@@ -250,7 +250,11 @@ func (s *Store) applyLocked(im *imported, td spiffeid.TrustDomain, u *controlpb.
 		im.view = &v
 		return Result{Fresh: true, Head: head}, nil
 	}
-	if err := im.spendLocked(td, changes, now, s.cfg); err != nil {
+	cost := max(changes, 1) // whatever it changes, it is hashed, stored and passed on
+	if u.GetSnapshot() {
+		cost = max(cost, next.ledger.live/8)
+	}
+	if err := im.spendLocked(td, cost, now, s.cfg); err != nil {
 		return Result{}, err
 	}
 	parsed, err := im.judge(td, next, s.cfg.AllowLoopback)
