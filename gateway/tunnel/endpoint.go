@@ -265,8 +265,8 @@ func (e *Endpoint) goLocked(f func()) bool {
 	return true
 }
 
-// SetPeers replaces the set of peers. Sessions with a trust domain that is no longer in it end at once; gateways whose
-// record changed are dialled without waiting for their backoff.
+// SetPeers replaces the set of peers. Sessions with a trust domain that is no longer in it end at once, and so do those that its
+// present bundle does not verify any more; gateways whose record changed are dialled without waiting for their backoff.
 func (e *Endpoint) SetPeers(peers []Peer) {
 	next := make(map[spiffeid.TrustDomain]Peer, len(peers))
 	for _, p := range peers {
@@ -285,7 +285,8 @@ func (e *Endpoint) SetPeers(peers []Peer) {
 	}
 	e.peers = next
 	for s := range e.sessions {
-		if _, ok := next[s.Peer()]; !ok {
+		_, known := next[s.Peer()]
+		if _, err := e.cfg.Source.Verify(s.control.state().PeerCertificates); !known || err != nil {
 			gone = append(gone, s)
 		}
 	}

@@ -197,6 +197,23 @@ func TestWhoMayHaveASession(t *testing.T) {
 	}
 }
 
+// TestSessionEndsWithTheRootItWasVerifiedBy: a trust domain may leave and come back under another root between two snapshots.
+func TestSessionEndsWithTheRootItWasVerifiedBy(t *testing.T) {
+	a, b := newDomain(t, "aa"), newDomain(t, "bb")
+	other := newDomain(t, "aa") // the same trust domain, another root
+	x, y := a.run(t, Config{}, b), b.run(t, Config{}, a)
+	y.SetPeers([]Peer{{TrustDomain: a.td, Cluster: "aa", Ready: true}})
+	x.peers(y)
+	y.await(t, "a session", func() bool { return y.up(x) != nil })
+	y.SetPeers([]Peer{{TrustDomain: a.td, Cluster: "aa", Ready: true, Gateways: []Gateway{{Name: "gw-9"}}}})
+	if y.up(x) == nil {
+		t.Error("ended while its root stands")
+	}
+	y.cfg.Source.SetBundles(must(trust.NewBundles(b.ca.Bundle(), other.ca.Bundle())))
+	y.SetPeers([]Peer{{TrustDomain: a.td, Cluster: "aa", Ready: true}})
+	y.await(t, "the session has ended", func() bool { return len(y.Sessions()) == 0 })
+}
+
 // TestOnePeersLinksAreBounded: a peer that opens session after session is refused, and may come back when some have ended.
 func TestOnePeersLinksAreBounded(t *testing.T) {
 	a, b := newDomain(t, "aa"), newDomain(t, "bb")
