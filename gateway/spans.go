@@ -112,8 +112,8 @@ func (m *openMarks) leave(k markKey) {
 	}
 }
 
-// take applies one marker.
-func (m *openMarks) take(k markKey, traceparent string, end bool, start func(crossing) *span.Active) {
+// take applies one marker; at is when what an end marker tells of happened here.
+func (m *openMarks) take(k markKey, traceparent string, end bool, at time.Time, start func(crossing) *span.Active) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s := m.streams[k]
@@ -124,7 +124,7 @@ func (m *openMarks) take(k markKey, traceparent string, end bool, start func(cro
 	switch {
 	case end && a != nil:
 		delete(s.open, traceparent)
-		a.End()
+		a.EndAt(at)
 	case !end && a == nil && len(s.open) < maxOpenMarks:
 		if a = start(s.crossing); a != nil {
 			s.open[traceparent] = a
@@ -149,7 +149,11 @@ func (g *Gateway) remoteMarker(s *tunnel.Session, m tunnel.Marker) {
 }
 
 func (g *Gateway) mark(k markKey, traceparent string, end bool) {
-	g.marks.take(k, traceparent, end, func(c crossing) *span.Active {
+	at := g.cfg.Now()
+	if k.hop == hopIn {
+		at = at.Add(-k.tunnel.RTT()) // the response has gone to the caller's sidecar, and the marker has come from there
+	}
+	g.marks.take(k, traceparent, end, at, func(c crossing) *span.Active {
 		return g.startSpan(traceparent, c, g.cfg.Now())
 	})
 }

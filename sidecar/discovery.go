@@ -50,8 +50,14 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 				return err
 			}
 		}
-		s.learnPeers(m)
+		for _, r := range m.GetRemote() {
+			s.learnPeer(r.GetTrustDomain(), r.GetCluster())
+		}
 		s.services.told(name, m)
+	case controlpb.TypeBundle:
+		if m, ok := c.Message.(*controlpb.Bundle); ok && m.GetCluster() != "" {
+			s.learnPeer(m.GetTrustDomain(), m.GetCluster())
+		}
 	case controlpb.TypeGateway:
 		m, _ := c.Message.(*controlpb.Gateway)
 		return s.applyGateway(c.Name, m)
@@ -80,17 +86,15 @@ func checkService(name federation.ServiceName, m *controlpb.Service) error {
 	return err
 }
 
-// learnPeers keeps the names of clusters by trust domain, for metrics and spans. It is called by one goroutine at a time.
-func (s *Sidecar) learnPeers(m *controlpb.Service) {
+// learnPeer keeps the names of clusters by trust domain, for metrics and spans. It is called by one goroutine at a time.
+func (s *Sidecar) learnPeer(trustDomain, cluster string) {
 	have := *s.peers.Load()
-	for _, r := range m.GetRemote() {
-		if have[r.GetTrustDomain()] != r.GetCluster() {
-			next := maps.Clone(have)
-			next[r.GetTrustDomain()] = r.GetCluster()
-			s.peers.Store(&next)
-			have = next
-		}
+	if have[trustDomain] == cluster {
+		return
 	}
+	next := maps.Clone(have)
+	next[trustDomain] = cluster
+	s.peers.Store(&next)
 }
 
 // applySelf takes what this sidecar is. Its absence means that it answers for nothing any more.

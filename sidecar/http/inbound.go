@@ -275,7 +275,7 @@ func (call *inCall) try(in *Instance, upgrade string) bool {
 	if s.Recording() {
 		s.Set(span.String(span.HopKind, span.SidecarIn), span.Int(span.HopIndex, s.Context().Hop), span.String(span.HTTPMethod, methodLabel(call.r.Method)),
 			span.String(span.NetworkPeer, in.Address), span.String(span.Instance, in.Name), span.String(span.DstService, i.cfg.Service.String()),
-			span.String(span.DstCluster, string(i.cfg.Self.Cluster)))
+			span.String(span.DstCluster, string(i.cfg.Self.Cluster)), span.String(span.SrcCluster, i.cfg.PeerCluster(call.peer)))
 	}
 	resp, mark, err := call.send(ctx, in, upgrade, s.Context())
 	if err != nil && mark.unseen() && !errors.Is(err, errDial) && ctx.Err() == nil && call.body.replayable() {
