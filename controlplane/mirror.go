@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"reflect"
 	"slices"
 	"time"
@@ -172,7 +173,7 @@ func (c *ControlPlane) statusLoop(ctx context.Context) error {
 				if p, ok := c.programmed(out, objects, u.Ref); ok {
 					u.Conditions = append(slices.Clone(u.Conditions), p)
 				}
-				text := conditionsText(u)
+				text := c.objects.UID(u.Ref) + " " + conditionsText(u) // an object made again under the same name has no status yet
 				if written[u.Ref] == text {
 					continue
 				}
@@ -192,7 +193,7 @@ func (c *ControlPlane) statusLoop(ctx context.Context) error {
 }
 
 func conditionsText(u compile.ConditionUpdate) string {
-	text := ""
+	text := fmt.Sprint(u.Generation, ";")
 	for _, k := range u.Conditions {
 		text += k.Type + "=" + string(k.Status) + " " + k.Reason + " " + k.Message + ";"
 	}

@@ -177,6 +177,9 @@ func (m *Manager) readGateways() error {
 		return err
 	}
 	for _, g := range list {
+		if g.LastSeen.IsZero() { // it was linked when this was written
+			g.LastSeen = m.started
+		}
 		m.gateways[g.Name] = &gateway{lastSeen: g.LastSeen, hello: &controlpb.GatewayHello{
 			Name: g.Name, LocalAddress: g.Local, Advertise: g.Advertise, Zone: g.Zone, Version: g.Version,
 		}}

@@ -154,6 +154,23 @@ func (s *Store) Objects() *api.Objects {
 	return s.current
 }
 
+// UID is the identity of an object as it is watched now, empty while there is none.
+func (s *Store) UID(ref api.Ref) string {
+	inf := s.informers[ref.Kind]
+	if inf == nil {
+		return ""
+	}
+	key := ref.Name
+	if ref.Namespace != "" {
+		key = ref.Namespace + "/" + ref.Name
+	}
+	item, _, err := inf.GetStore().GetByKey(key)
+	if u, ok := item.(*unstructured.Unstructured); ok && err == nil {
+		return string(u.GetUID())
+	}
+	return ""
+}
+
 // Changed returns a channel that is closed when a snapshot newer than the present one is there. Take it before Objects.
 func (s *Store) Changed() <-chan struct{} {
 	s.mu.Lock()
