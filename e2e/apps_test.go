@@ -111,7 +111,7 @@ func nginx(t testing.TB) string {
 	}
 	dir := t.TempDir()
 	addr := harness.FreePort(t, "127.0.0.1")
-	conf := fmt.Sprintf(`daemon off; pid %[1]s/pid; error_log %[1]s/error.log; worker_processes 1;
+	conf := fmt.Sprintf(`daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log;
 events { worker_connections 256; }
 http {
   access_log off; client_body_temp_path %[1]s/b; proxy_temp_path %[1]s/p; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
@@ -123,7 +123,7 @@ http {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(path, "-c", file, "-e", filepath.Join(dir, "error.log"))
-	if err := cmd.Start(); err != nil {
+	if err := harness.Spawn(cmd); err != nil { // one process: a worker would outlive a master that is killed
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = cmd.Process.Signal(os.Interrupt); _ = cmd.Wait() })

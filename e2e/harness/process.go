@@ -43,6 +43,14 @@ var spawn = sync.OnceValue(func() chan<- func() {
 	return work
 })
 
+// Spawn starts a command that ends with this process, however that ends: a test that is killed leaves nothing behind.
+func Spawn(cmd *exec.Cmd) error {
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	started := make(chan error)
+	spawn() <- func() { started <- cmd.Start() }
+	return <-started
+}
+
 // Start starts the process, again if it ran before.
 func (p *Process) Start() {
 	p.t.Helper()
@@ -56,10 +64,7 @@ func (p *Process) Start() {
 	}
 	cmd := exec.Command(p.path, p.args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = p.env, f, f
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	started := make(chan error)
-	spawn() <- func() { started <- cmd.Start() }
-	if err := <-started; err != nil {
+	if err := Spawn(cmd); err != nil {
 		p.t.Fatalf("start %s: %v", p.Name, err)
 	}
 	done := make(chan struct{})
