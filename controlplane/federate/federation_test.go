@@ -489,3 +489,20 @@ type federateStream interface {
 	SendMsg(any) error
 	RecvMsg(any) error
 }
+
+// A control plane that was killed while its gateway was linked still names that gateway: sidecars go on using it until it links again.
+func TestOwnGatewayIsKeptOverAKill(t *testing.T) {
+	w := newWorld(t, "us-east")
+	us := w.clusters["us-east"]
+	var cfg federate.Config
+	us.change = func(c *federate.Config) { cfg = *c }
+	us.restart()
+	us.waitGateway()
+	us.kill()
+	m, err := federate.New(cfg)
+	must(t, err)
+	list := m.View().Gateways
+	if len(list) != 1 || list[0].Connected || us.now().Sub(list[0].LastSeen) > time.Minute {
+		t.Fatalf("own gateways after a kill: %+v", list)
+	}
+}
