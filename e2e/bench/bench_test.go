@@ -132,7 +132,7 @@ func backend(t *testing.T) string {
 	if err := os.WriteFile(filepath.Join(root, "index.html"), []byte(strings.Repeat("strait..", 128)), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	conf := fmt.Sprintf(`daemon off; pid %[1]s/pid; error_log %[1]s/error.log; worker_processes 1; user root;
+	conf := fmt.Sprintf(`daemon off; master_process off; pid %[1]s/pid; error_log %[1]s/error.log; worker_processes 1; user root;
 events { worker_connections 1024; }
 http { access_log off; keepalive_requests 1000000; sendfile on; open_file_cache max=16;
   client_body_temp_path %[1]s/b; proxy_temp_path %[1]s/p; fastcgi_temp_path %[1]s/f; uwsgi_temp_path %[1]s/u; scgi_temp_path %[1]s/s;
