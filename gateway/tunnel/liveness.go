@@ -180,7 +180,11 @@ func (s *Session) readPongs(st Stream) {
 		if _, err := io.ReadFull(st, b[:]); err != nil {
 			return
 		}
+		before, _ := s.pulse.figures()
 		s.pulse.pong(binary.BigEndian.Uint64(b[:]), time.Now())
+		if rtt, _ := s.pulse.figures(); before == 0 && rtt > 0 {
+			s.e.changed() // until now it was unknown, or a guess
+		}
 		s.setState(s.pulse.state(time.Now()))
 	}
 }

@@ -149,9 +149,10 @@ func (s *Session) links() []link {
 // Transport is QUIC or TCP.
 func (s *Session) Transport() string { return s.transport }
 
-// RTT is the smoothed round-trip time, zero before the first answer.
+// RTT is the smoothed round-trip time, zero before the first answer. TCP's own figure is no substitute: it ends at the next proxy
+// or load balancer.
 func (s *Session) RTT() time.Duration {
-	if rtt, _ := s.pulse.figures(); rtt > 0 {
+	if rtt, _ := s.pulse.figures(); rtt > 0 || s.transport == TCP {
 		return rtt
 	}
 	return s.control.stats().rtt
