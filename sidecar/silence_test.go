@@ -205,3 +205,36 @@ func TestLargeBodyBothWays(t *testing.T) {
 		}
 	}
 }
+
+// TestSilenceCostsNoBudget: the only sidecar of the own cluster falls silent under a steady load. What is issued two seconds later or
+// more moves abroad, though far more calls wait by then than the retry budget carries.
+func TestSilenceCostsNoBudget(t *testing.T) {
+	us := newCluster(t, "us-east")
+	local := callee(t, us, "checkout-home", http1, []string{newHTTPApp(t, "home").addr()})
+	w := newWire(t, local.addrs.Inbound)
+	ep := endpoint(local, "checkout-home", us.id("checkout"), 1)
+	ep.InboundAddress = w.Addr().String()
+	f := newRemote(t, http1, []*controlpb.LocalEndpoint{ep}, us, newHTTPApp(t, "away").addr())
+	url := f.near.up()
+	if _, body := get(t, url, "/"); body != "home" {
+		t.Fatalf("at first: %q", body)
+	}
+	close(w.cut)
+	began := time.Now()
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for at := range tick.C {
+		since := at.Sub(began)
+		if since > 4*time.Second {
+			break
+		}
+		calls.Go(func() {
+			status, body, err := tryGet(url, "/")
+			if since >= 2*time.Second && (err != nil || status != 200 || body != "away") {
+				t.Errorf("issued %v after the silence began: %d %q %v", since, status, body, err)
+			}
+		})
+	}
+}
