@@ -15,7 +15,7 @@ for file in $(git ls-files '*_test.go' | xargs grep -l '^func Fuzz' | sort); do
 	esac
 	for target in $(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$file"); do
 		echo "fuzz: $dir $target $time"
-		# The fuzzer itself sometimes ends with "context deadline exceeded" when its time is up (golang.org/issue/75804): that is no
+		# The fuzzer itself sometimes ends with "context deadline exceeded" when its time is up: that is no
 		# finding. A finding always names the input that it wrote.
 		if ! go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 10x "./$dir" >"$log" 2>&1; then
 			cat "$log"
