@@ -38,9 +38,9 @@ func TestBackup(t *testing.T) {
 	}
 
 	// What the backup does not know: the peer has seen later catalogs.
+	before := us.Members()["eu-west"]
 	eu.CLI("unexport", "shop/site")
 	eu.CLI("export", "shop/site", "--to", "us-east")
-	before := us.Members()["eu-west"]
 	harness.Eventually(t, 10*time.Second, "later catalogs", func() error {
 		m := us.Members()["eu-west"]
 		if number(t, m.CatalogSeq) <= number(t, before.CatalogSeq) && m.CatalogEpoch == before.CatalogEpoch {
@@ -49,7 +49,7 @@ func TestBackup(t *testing.T) {
 		before = m
 		return nil
 	})
-	exports := eu.CLI("get", "ExportPolicy", "-A")
+	exports := eu.CLI("get", "ExportPolicy", "-n", "shop")
 
 	// The machine is lost.
 	eu.ControlPlane.Kill()
@@ -72,7 +72,7 @@ func TestBackup(t *testing.T) {
 	}
 	eu.RestartGateway(eu.Gateways[0])
 
-	if again := eu.CLI("get", "ExportPolicy", "-A"); !strings.Contains(again, "export-site") {
+	if again := eu.CLI("get", "ExportPolicy", "-n", "shop"); !strings.Contains(again, "export-site") {
 		t.Errorf("after the restore:\n%s\nbefore:\n%s", again, exports)
 	}
 	harness.Eventually(t, 30*time.Second, "the peer to accept the next catalog", func() error {
