@@ -109,7 +109,7 @@ func (c *ControlPlane) checkTunnels(k *checks, view *federate.View) {
 			continue
 		}
 		t := up[0]
-		k.add("tunnels", "ok", "%-22s %s, rtt %dms, loss %.1f%%, %d tunnels", pair, t.Transport, int(t.RttSeconds*1000+0.5), t.LossRatio*100, len(up))
+		k.add("tunnels", "ok", "%-22s %s, rtt %dms, loss %.1f%%, %s", pair, t.Transport, int(t.RttSeconds*1000+0.5), t.LossRatio*100, count(len(up), "tunnel"))
 	}
 }
 
@@ -164,6 +164,14 @@ func (c *ControlPlane) leafMargin() time.Duration {
 	return max(ttl-3*c.renewEvery(), 0)
 }
 
+// count is "1 tunnel" or "2 tunnels".
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
+}
+
 func shortTime(d time.Duration) string {
 	if d >= 48*time.Hour {
 		return fmt.Sprintf("%dd", int(d.Hours()/24))
@@ -184,7 +192,7 @@ func (c *ControlPlane) checkCatalogs(k *checks, view *federate.View) {
 		case p.Freshness != federation.Fresh:
 			k.bad("catalogs", "warn", problem.CatalogStale, "no fresh head since "+p.Catalog.ReceivedAt.UTC().Format(time.TimeOnly), "strait ping "+p.Cluster.String(), "the catalog of %s is %s", p.Cluster, p.Freshness)
 		default:
-			k.add("catalogs", "ok", "%s offers %d services (epoch %d, seq %d)", p.Cluster, len(p.Catalog.Services), p.Catalog.Head.Epoch, p.Catalog.Head.Seq)
+			k.add("catalogs", "ok", "%s offers %s (epoch %d, seq %d)", p.Cluster, count(len(p.Catalog.Services), "service"), p.Catalog.Head.Epoch, p.Catalog.Head.Seq)
 		}
 	}
 }

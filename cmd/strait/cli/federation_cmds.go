@@ -391,7 +391,7 @@ func memberChange(_ context.Context, e *env, name, word string, call func(contro
 		return e.callError(err)
 	}
 	t := &table{}
-	t.add(name, fmt.Sprintf("member %s %s (%s)", name, word, m.State))
+	t.add(name, fmt.Sprintf("member %s %s", name, word))
 	return e.print("Member", m, t)
 }
 
