@@ -13,6 +13,7 @@ import (
 
 	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	"k8s.io/apiextensions-apiserver/pkg/client/clientset/clientset"
+	apiextensionsclient "k8s.io/apiextensions-apiserver/pkg/client/clientset/clientset/typed/apiextensions/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -63,26 +64,40 @@ func (s *Server) applySchemas(ctx context.Context) error {
 		}
 	}
 	for _, name := range names {
-		err := wait.PollUntilContextCancel(ctx, startPoll, true, func(ctx context.Context) (bool, error) {
-			crd, err := crds.Get(ctx, name, metav1.GetOptions{})
-			if err != nil {
-				return false, nil
-			}
-			for _, c := range crd.Status.Conditions {
-				if c.Type == apiextensionsv1.NamesAccepted && c.Status == apiextensionsv1.ConditionFalse {
-					return false, fmt.Errorf("%s: %s", c.Reason, c.Message)
-				}
-				if c.Type == apiextensionsv1.Established && c.Status == apiextensionsv1.ConditionTrue {
-					return true, nil
-				}
-			}
-			return false, nil
-		})
-		if err != nil {
+		if err := established(ctx, crds, name); err != nil {
 			return fmt.Errorf("schema %s: not established: %w", name, err)
 		}
 	}
 	return nil
+}
+
+// nudgeAfter is how long a schema whose names are accepted may stay unestablished before it is written again. The libraries
+// establish only on an update that they see: a process that ended between the two leaves one that no later start would look at.
+const nudgeAfter = time.Second
+
+// established waits until a kind is served.
+func established(ctx context.Context, crds apiextensionsclient.CustomResourceDefinitionInterface, name string) error {
+	nudged := time.Now()
+	return wait.PollUntilContextCancel(ctx, startPoll, true, func(ctx context.Context) (bool, error) {
+		crd, err := crds.Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return false, nil
+		}
+		for _, c := range crd.Status.Conditions {
+			if c.Type == apiextensionsv1.NamesAccepted && c.Status == apiextensionsv1.ConditionFalse {
+				return false, fmt.Errorf("%s: %s", c.Reason, c.Message)
+			}
+			if c.Type == apiextensionsv1.Established && c.Status == apiextensionsv1.ConditionTrue {
+				return true, nil
+			}
+		}
+		if time.Since(nudged) > nudgeAfter {
+			nudged = time.Now()
+			patch := fmt.Appendf(nil, `{"metadata":{"annotations":{"strait.dev/nudged":%q}}}`, nudged.UTC().Format(time.RFC3339Nano))
+			_, _ = crds.Patch(ctx, name, types.MergePatchType, patch, metav1.PatchOptions{FieldManager: fieldOwner}) // again in a second
+		}
+		return false, nil
+	})
 }
 
 func schemaPatch(k api.Kind, hash string) ([]byte, error) {
