@@ -32,7 +32,7 @@ const (
 	defaultTokenTTL = 15 * time.Minute
 	maxTokenTTL     = 7 * 24 * time.Hour
 	maxAccessTTL    = 90 * 24 * time.Hour
-	// tunnelDownAfter says how old news of tunnels may be before a member counts as unreachable.
+	// certificateHorizon is how near an end may come before status warns of it.
 	certificateHorizon = 14 * 24 * time.Hour
 )
 

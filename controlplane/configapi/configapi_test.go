@@ -508,11 +508,12 @@ func TestRestartAndRestore(t *testing.T) {
 	}
 	_ = s.Close()
 	// Connections of the libraries' clients end a moment after Close, for which nothing can be waited on.
-	for deadline := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > goroutines+10; {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for deadline := time.Now().Add(20 * time.Second); runtime.NumGoroutine() > goroutines+10; <-tick.C {
 		if time.Now().After(deadline) {
 			t.Fatalf("%d goroutines after the second run, %d after the first", runtime.NumGoroutine(), goroutines)
 		}
-		runtime.Gosched()
 	}
 	if err := configapi.Restore(file, dir, nil); err == nil {
 		t.Error("restore went over a store")

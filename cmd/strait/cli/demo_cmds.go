@@ -55,7 +55,7 @@ func demoUpRun(ctx context.Context, e *env, rps int) error {
 	}
 	dir := e.demoDir()
 	return demo.Up(ctx, demo.Config{
-		Dir: dir, Binary: self, RPS: rps, Err: e.err,
+		Dir: dir, Binary: self, RPS: rps,
 		Command: func(ctx context.Context, dataDir string, args ...string) (string, error) {
 			return e.inProcess(ctx, dir, dataDir, args)
 		},

@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -24,7 +23,6 @@ type Config struct {
 	Dir    string // everything lives below it and is removed at the end
 	Binary string // strait; strait-proxy lies beside it
 	RPS    int    // of the load source; 0: none
-	Err    io.Writer
 	Log    *slog.Logger
 	// Command runs one command line of strait against a data directory and returns its standard output.
 	Command func(ctx context.Context, dataDir string, args ...string) (string, error)
