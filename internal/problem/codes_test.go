@@ -129,7 +129,6 @@ var untested = map[string]string{
 	"CatalogFork":         "as CatalogRefused",
 	"CatalogStale":        "as CatalogRefused; the freshness is tested by its name",
 	"UpstreamReset":       "sidecar/http tests the 502 and the reason upstream_reset",
-	"FailoverActive":      "a line of strait check; e2e tests the reasons that it repeats",
 	"CertificateExpiring": "a line of strait check after three missed renewals of an hour each",
 }
 
