@@ -40,7 +40,9 @@ var roleNames = map[string]role{"viewer": roleViewer, "operator": roleOperator, 
 var operatorMethods = map[string]role{
 	"Status": roleViewer, "TokenList": roleViewer, "MemberList": roleViewer, "ServiceList": roleViewer, "Why": roleViewer,
 	"Trace": roleViewer, "Ping": roleViewer, "Check": roleViewer,
-	"WorkloadToken": roleOperator, "WorkloadEvict": roleOperator,
+	"WorkloadToken": roleOperator, "WorkloadEvict": roleOperator, "WorkloadReadmit": roleOperator,
+	"TrustStatus": roleViewer, "Withdrawals": roleViewer, "TrustRotate": roleAdmin, "TrustRevoke": roleAdmin,
+	"IssuerRequest": roleAdmin, "IssuerImport": roleAdmin,
 	"TokenIssue": roleAdmin, "TokenRevoke": roleAdmin, "Join": roleAdmin, "Leave": roleAdmin, "MemberApprove": roleAdmin,
 	"MemberEvict": roleAdmin, "AccessIssue": roleAdmin, "GatewayToken": roleAdmin, "Backup": roleAdmin,
 }

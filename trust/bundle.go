@@ -4,8 +4,10 @@ package trust
 
 import (
 	"bytes"
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
@@ -28,14 +30,22 @@ import (
 const (
 	MaxBundleSize  = 256 << 10
 	MaxBundleRoots = 64
+	MaxJWTKeys     = 32
 	MinRefreshHint = time.Minute
 	MaxRefreshHint = 24 * time.Hour
 )
 
-// Bundle is the set of roots of one trust domain, immutable (SPIFFE Trust Domain and Bundle, section 4).
+// JWTKey verifies JWT-SVIDs of a trust domain: what a bundle holds under use "jwt-svid".
+type JWTKey struct {
+	ID  string           // kid, unique in the bundle
+	Key crypto.PublicKey // ECDSA on P-256, P-384 or P-521, or RSA of 2,048 bits and more
+}
+
+// Bundle is the set of roots and JWT keys of one trust domain, immutable (SPIFFE Trust Domain and Bundle, section 4).
 type Bundle struct {
 	td       spiffeid.TrustDomain
 	roots    []*x509.Certificate
+	jwt      []JWTKey
 	sequence uint64
 	refresh  time.Duration
 	pool     *x509.CertPool
@@ -115,6 +125,55 @@ func (b *Bundle) TrustDomain() spiffeid.TrustDomain { return b.td }
 // Roots returns the roots; do not modify them.
 func (b *Bundle) Roots() []*x509.Certificate { return b.roots }
 
+// JWTKeys returns the keys that verify JWT-SVIDs; do not modify them. They never verify certificates, nor roots tokens.
+func (b *Bundle) JWTKeys() []JWTKey { return b.jwt }
+
+// WithJWTKeys is a copy with other JWT keys and the same sequence number.
+func (b *Bundle) WithJWTKeys(keys []JWTKey) (*Bundle, error) {
+	if len(keys) > MaxJWTKeys {
+		return nil, fmt.Errorf("bundle of %s: %d JWT keys; at most %d", b.td, len(keys), MaxJWTKeys)
+	}
+	n, err := NewBundle(b.td, b.roots, b.sequence)
+	if err != nil {
+		return nil, err
+	}
+	n.refresh = b.refresh
+	for _, k := range keys {
+		if k.ID == "" || slices.ContainsFunc(n.jwt, func(have JWTKey) bool { return have.ID == k.ID }) {
+			return nil, fmt.Errorf("bundle of %s: JWT key %q: the kid is missing or stands twice", b.td, k.ID)
+		}
+		if err := checkJWTKey(k.Key); err != nil {
+			return nil, fmt.Errorf("bundle of %s: JWT key %q: %w", b.td, k.ID, err)
+		}
+		n.jwt = append(n.jwt, k)
+	}
+	return n, nil
+}
+
+// WithSequence is a copy with another sequence number.
+func (b *Bundle) WithSequence(sequence uint64) *Bundle {
+	n, err := NewBundle(b.td, b.roots, sequence)
+	if err != nil {
+		panic("trust: " + err.Error()) // it was made of the same
+	}
+	n.refresh, n.jwt = b.refresh, b.jwt
+	return n
+}
+
+func checkJWTKey(key crypto.PublicKey) error {
+	switch k := key.(type) {
+	case *ecdsa.PublicKey:
+		return nil
+	case *rsa.PublicKey:
+		if k.N.BitLen() < minRSA {
+			return fmt.Errorf("an RSA key of %d bits; at least %d", k.N.BitLen(), minRSA)
+		}
+		return nil
+	default:
+		return errors.New("a public key of an unsupported kind")
+	}
+}
+
 // Sequence increases with each change.
 func (b *Bundle) Sequence() uint64 { return b.sequence }
 
@@ -154,12 +213,28 @@ func (b *Bundle) NotAfter() time.Time {
 func (b *Bundle) WithRoots(roots []*x509.Certificate) (*Bundle, error) {
 	n, err := NewBundle(b.td, roots, b.sequence+1)
 	if err == nil {
-		n.refresh = b.refresh
+		n.refresh, n.jwt = b.refresh, b.jwt
 	}
 	return n, err
 }
 
-// ErrRollback is a bundle that would go back: a lower sequence, or the same one with other roots.
+// Equal reports whether two bundles say the same: trust domain, sequence, roots and JWT keys.
+func (b *Bundle) Equal(o *Bundle) bool {
+	return b.td == o.td && b.sequence == o.sequence && b.sameAuthorities(o)
+}
+
+func (b *Bundle) sameAuthorities(o *Bundle) bool {
+	return b.Hash() == o.Hash() && len(b.jwt) == len(o.jwt) && !slices.ContainsFunc(b.jwt, func(k JWTKey) bool {
+		return !slices.ContainsFunc(o.jwt, func(other JWTKey) bool { return other.ID == k.ID && samePublicKey(k.Key, other.Key) })
+	})
+}
+
+func samePublicKey(a, b crypto.PublicKey) bool {
+	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
+	return ok && k.Equal(b)
+}
+
+// ErrRollback is a bundle that would go back: a lower sequence, or the same one with other roots or JWT keys.
 var ErrRollback = errors.New("bundle goes back")
 
 // CheckUpdate says whether next may replace b, which may be nil. Publishers without sequences (0) always may.
@@ -171,7 +246,7 @@ func (b *Bundle) CheckUpdate(next *Bundle) error {
 		return fmt.Errorf("bundle of %s offered for %s", next.td, b.td)
 	case next.sequence < b.sequence:
 		return fmt.Errorf("bundle of %s: sequence %d after %d: %w", b.td, next.sequence, b.sequence, ErrRollback)
-	case next.sequence == b.sequence && next.sequence != 0 && next.Hash() != b.Hash():
+	case next.sequence == b.sequence && next.sequence != 0 && !next.sameAuthorities(b):
 		return fmt.Errorf("bundle of %s: two bundles of sequence %d: %w", b.td, b.sequence, ErrRollback)
 	}
 	return nil
@@ -179,6 +254,7 @@ func (b *Bundle) CheckUpdate(next *Bundle) error {
 
 type jwk struct {
 	Use string   `json:"use,omitempty"`
+	Kid string   `json:"kid,omitempty"`
 	Kty string   `json:"kty"`
 	Crv string   `json:"crv,omitempty"`
 	X   string   `json:"x,omitempty"`
@@ -190,24 +266,15 @@ type jwk struct {
 
 // Marshal renders the bundle as a SPIFFE bundle document.
 func (b *Bundle) Marshal() []byte {
-	keys := make([]jwk, 0, len(b.roots))
+	keys := make([]jwk, 0, len(b.roots)+len(b.jwt))
 	for _, c := range b.roots {
-		k := jwk{Use: "x509-svid", X5c: []string{base64.StdEncoding.EncodeToString(c.Raw)}}
-		switch pub := c.PublicKey.(type) {
-		case *ecdsa.PublicKey:
-			raw, err := pub.Bytes() // 0x04 ‖ X ‖ Y
-			if err != nil {
-				continue
-			}
-			n := (len(raw) - 1) / 2
-			k.Kty, k.Crv = "EC", pub.Curve.Params().Name
-			k.X, k.Y = base64.RawURLEncoding.EncodeToString(raw[1:1+n]), base64.RawURLEncoding.EncodeToString(raw[1+n:])
-		case *rsa.PublicKey:
-			k.Kty, k.N = "RSA", base64.RawURLEncoding.EncodeToString(pub.N.Bytes())
-			k.E = base64.RawURLEncoding.EncodeToString(big.NewInt(int64(pub.E)).Bytes())
-		case ed25519.PublicKey:
-			k.Kty, k.Crv, k.X = "OKP", "Ed25519", base64.RawURLEncoding.EncodeToString(pub)
-		}
+		k := publicJWK(c.PublicKey)
+		k.Use, k.X5c = "x509-svid", []string{base64.StdEncoding.EncodeToString(c.Raw)}
+		keys = append(keys, k)
+	}
+	for _, j := range b.jwt {
+		k := publicJWK(j.Key)
+		k.Use, k.Kid = "jwt-svid", j.ID
 		keys = append(keys, k)
 	}
 	doc := struct {
@@ -220,6 +287,26 @@ func (b *Bundle) Marshal() []byte {
 		panic("trust: marshal bundle: " + err.Error()) // strings and numbers only
 	}
 	return out
+}
+
+// publicJWK renders a key that checkKey or checkJWTKey has let pass.
+func publicJWK(key crypto.PublicKey) (k jwk) {
+	switch pub := key.(type) {
+	case *ecdsa.PublicKey:
+		raw, err := pub.Bytes() // 0x04 ‖ X ‖ Y
+		if err != nil {
+			return k
+		}
+		n := (len(raw) - 1) / 2
+		k.Kty, k.Crv = "EC", pub.Curve.Params().Name
+		k.X, k.Y = base64.RawURLEncoding.EncodeToString(raw[1:1+n]), base64.RawURLEncoding.EncodeToString(raw[1+n:])
+	case *rsa.PublicKey:
+		k.Kty, k.N = "RSA", base64.RawURLEncoding.EncodeToString(pub.N.Bytes())
+		k.E = base64.RawURLEncoding.EncodeToString(big.NewInt(int64(pub.E)).Bytes())
+	case ed25519.PublicKey:
+		k.Kty, k.Crv, k.X = "OKP", "Ed25519", base64.RawURLEncoding.EncodeToString(pub)
+	}
+	return k
 }
 
 // ParseBundle reads a SPIFFE bundle document of td. Keys of unknown kty or use are ignored; a document without "keys" is
@@ -254,19 +341,26 @@ func parseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
 		return nil, errors.New("spiffe_refresh_hint is no number")
 	}
 	var roots []*x509.Certificate
+	var jwt []JWTKey
 	for i, raw := range keys {
-		c, err := readKey(raw)
+		c, j, err := readKey(raw)
 		if err != nil {
 			return nil, fmt.Errorf("key %d: %w", i, err)
 		}
 		if c != nil {
 			roots = append(roots, c)
 		}
+		if j != nil {
+			jwt = append(jwt, *j)
+		}
 	}
 	if sequence == nil {
 		sequence = new(uint64)
 	}
 	b, err := NewBundle(td, roots, *sequence)
+	if err == nil && len(jwt) > 0 {
+		b, err = b.WithJWTKeys(jwt)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -277,33 +371,81 @@ func parseBundle(td spiffeid.TrustDomain, data []byte) (*Bundle, error) {
 	return b, nil
 }
 
-// readKey returns the root that a JWK holds, nil when it is no X.509 root.
-func readKey(raw json.RawMessage) (*x509.Certificate, error) {
+// readKey returns the root or the JWT key that a JWK holds, neither when it is of another kind.
+func readKey(raw json.RawMessage) (*x509.Certificate, *JWTKey, error) {
 	key, err := readObject(raw)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var use, kty string
-	for name, v := range map[string]*string{"use": &use, "kty": &kty} {
+	var f struct{ use, kty, kid, crv, x, y, n, e string }
+	for name, v := range map[string]*string{
+		"use": &f.use, "kty": &f.kty, "kid": &f.kid, "crv": &f.crv, "x": &f.x, "y": &f.y, "n": &f.n, "e": &f.e,
+	} {
 		if raw, ok := key[name]; ok && json.Unmarshal(raw, v) != nil {
-			return nil, fmt.Errorf("%s is no string", name)
+			return nil, nil, fmt.Errorf("%s is no string", name)
 		}
 	}
-	if use != "x509-svid" || kty != "EC" && kty != "RSA" && kty != "OKP" {
-		return nil, nil
+	switch {
+	case f.use == "jwt-svid" && (f.kty == "EC" || f.kty == "RSA"):
+		return nil, readJWTKey(f.kid, f.kty, f.crv, f.x, f.y, f.n, f.e), nil
+	case f.use != "x509-svid" || f.kty != "EC" && f.kty != "RSA" && f.kty != "OKP":
+		return nil, nil, nil
 	}
 	if _, ok := key["kid"]; ok {
-		return nil, errors.New("an x509-svid key with a kid")
+		return nil, nil, errors.New("an x509-svid key with a kid")
 	}
 	var x5c []string
 	if raw, ok := key["x5c"]; !ok || json.Unmarshal(raw, &x5c) != nil || len(x5c) == 0 {
-		return nil, errors.New("no x5c")
+		return nil, nil, errors.New("no x5c")
 	}
 	der, err := base64.StdEncoding.DecodeString(x5c[0])
 	if err != nil {
-		return nil, fmt.Errorf("x5c: %w", err)
+		return nil, nil, fmt.Errorf("x5c: %w", err)
 	}
-	return x509.ParseCertificate(der)
+	c, err := x509.ParseCertificate(der)
+	return c, nil, err
+}
+
+var curves = map[string]elliptic.Curve{"P-256": elliptic.P256(), "P-384": elliptic.P384(), "P-521": elliptic.P521()}
+
+// readJWTKey reads the public key of a JWK (RFC 7518, section 6), nil when it is malformed or of an unknown kind: what is
+// left out verifies nothing, and a key for tokens must not take the roots with it.
+func readJWTKey(kid, kty, crv, x, y, n, e string) *JWTKey {
+	if kid == "" {
+		return nil
+	}
+	var key crypto.PublicKey
+	if kty == "EC" {
+		curve := curves[crv]
+		if curve == nil {
+			return nil
+		}
+		size := (curve.Params().BitSize + 7) / 8
+		point := []byte{4}
+		for _, text := range []string{x, y} {
+			b, err := base64.RawURLEncoding.DecodeString(text)
+			if err != nil || len(b) != size {
+				return nil
+			}
+			point = append(point, b...)
+		}
+		pub, err := ecdsa.ParseUncompressedPublicKey(curve, point)
+		if err != nil {
+			return nil
+		}
+		key = pub
+	} else {
+		modulus, errN := base64.RawURLEncoding.DecodeString(n)
+		exponent, errE := base64.RawURLEncoding.DecodeString(e)
+		if errN != nil || errE != nil || len(modulus) > 1024 || len(exponent) == 0 || len(exponent) > 4 {
+			return nil
+		}
+		key = &rsa.PublicKey{N: new(big.Int).SetBytes(modulus), E: int(new(big.Int).SetBytes(exponent).Int64())}
+	}
+	if checkJWTKey(key) != nil {
+		return nil
+	}
+	return &JWTKey{kid, key}
 }
 
 // readObject splits a JSON object by its exact names and refuses names that stand twice. (encoding/json would take the last,

@@ -3089,6 +3089,908 @@ func (x *WorkloadEvictResponse) GetUnconfirmed() []string {
 	return nil
 }
 
+// WorkloadReadmitRequest admits an identity again. What was issued to it before stays withdrawn: it needs a new token.
+type WorkloadReadmitRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WorkloadReadmitRequest) Reset() {
+	*x = WorkloadReadmitRequest{}
+	mi := &file_operator_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WorkloadReadmitRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WorkloadReadmitRequest) ProtoMessage() {}
+
+func (x *WorkloadReadmitRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WorkloadReadmitRequest.ProtoReflect.Descriptor instead.
+func (*WorkloadReadmitRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{43}
+}
+
+func (x *WorkloadReadmitRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+// TrustRevokeRequest withdraws any identity of this cluster: a workload, a gateway, an operator.
+type TrustRevokeRequest struct {
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId        string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Reason          string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	IssuedBeforeNow bool                   `protobuf:"varint,3,opt,name=issued_before_now,json=issuedBeforeNow,proto3" json:"issued_before_now,omitempty"` // only what was issued until now: a key leaked, the holder registers again
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *TrustRevokeRequest) Reset() {
+	*x = TrustRevokeRequest{}
+	mi := &file_operator_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustRevokeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustRevokeRequest) ProtoMessage() {}
+
+func (x *TrustRevokeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustRevokeRequest.ProtoReflect.Descriptor instead.
+func (*TrustRevokeRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{44}
+}
+
+func (x *TrustRevokeRequest) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *TrustRevokeRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *TrustRevokeRequest) GetIssuedBeforeNow() bool {
+	if x != nil {
+		return x.IssuedBeforeNow
+	}
+	return false
+}
+
+// WithdrawalStatus says how far a withdrawal got.
+type WithdrawalStatus struct {
+	state            protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId         string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Reason           string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	AtUnix           int64                  `protobuf:"varint,3,opt,name=at_unix,json=atUnix,proto3" json:"at_unix,omitempty"`
+	IssuedBeforeUnix int64                  `protobuf:"varint,4,opt,name=issued_before_unix,json=issuedBeforeUnix,proto3" json:"issued_before_unix,omitempty"` // 0 = every certificate
+	Confirmed        uint32                 `protobuf:"varint,5,opt,name=confirmed,proto3" json:"confirmed,omitempty"`                                         // processes that have acknowledged it
+	Unconfirmed      []string               `protobuf:"bytes,6,rep,name=unconfirmed,proto3" json:"unconfirmed,omitempty"`                                      // processes and members that have not: they fail closed at their next contact
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *WithdrawalStatus) Reset() {
+	*x = WithdrawalStatus{}
+	mi := &file_operator_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawalStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawalStatus) ProtoMessage() {}
+
+func (x *WithdrawalStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawalStatus.ProtoReflect.Descriptor instead.
+func (*WithdrawalStatus) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *WithdrawalStatus) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *WithdrawalStatus) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *WithdrawalStatus) GetAtUnix() int64 {
+	if x != nil {
+		return x.AtUnix
+	}
+	return 0
+}
+
+func (x *WithdrawalStatus) GetIssuedBeforeUnix() int64 {
+	if x != nil {
+		return x.IssuedBeforeUnix
+	}
+	return 0
+}
+
+func (x *WithdrawalStatus) GetConfirmed() uint32 {
+	if x != nil {
+		return x.Confirmed
+	}
+	return 0
+}
+
+func (x *WithdrawalStatus) GetUnconfirmed() []string {
+	if x != nil {
+		return x.Unconfirmed
+	}
+	return nil
+}
+
+type WithdrawalsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawalsRequest) Reset() {
+	*x = WithdrawalsRequest{}
+	mi := &file_operator_proto_msgTypes[46]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawalsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawalsRequest) ProtoMessage() {}
+
+func (x *WithdrawalsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[46]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawalsRequest.ProtoReflect.Descriptor instead.
+func (*WithdrawalsRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{46}
+}
+
+type WithdrawalsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Withdrawals   []*WithdrawalStatus    `protobuf:"bytes,1,rep,name=withdrawals,proto3" json:"withdrawals,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WithdrawalsResponse) Reset() {
+	*x = WithdrawalsResponse{}
+	mi := &file_operator_proto_msgTypes[47]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WithdrawalsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WithdrawalsResponse) ProtoMessage() {}
+
+func (x *WithdrawalsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[47]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WithdrawalsResponse.ProtoReflect.Descriptor instead.
+func (*WithdrawalsResponse) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{47}
+}
+
+func (x *WithdrawalsResponse) GetWithdrawals() []*WithdrawalStatus {
+	if x != nil {
+		return x.Withdrawals
+	}
+	return nil
+}
+
+type TrustStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustStatusRequest) Reset() {
+	*x = TrustStatusRequest{}
+	mi := &file_operator_proto_msgTypes[48]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustStatusRequest) ProtoMessage() {}
+
+func (x *TrustStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[48]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustStatusRequest.ProtoReflect.Descriptor instead.
+func (*TrustStatusRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{48}
+}
+
+type TrustStatusResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Cluster       string                 `protobuf:"bytes,1,opt,name=cluster,proto3" json:"cluster,omitempty"`
+	TrustDomain   string                 `protobuf:"bytes,2,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Phase         string                 `protobuf:"bytes,3,opt,name=phase,proto3" json:"phase,omitempty"` // steady, prepared, activated
+	SinceUnix     int64                  `protobuf:"varint,4,opt,name=since_unix,json=sinceUnix,proto3" json:"since_unix,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,5,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	BundleSha256  string                 `protobuf:"bytes,6,opt,name=bundle_sha256,json=bundleSha256,proto3" json:"bundle_sha256,omitempty"`
+	Source        string                 `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"` // strait (own root), external (an intermediate from files), workload-api
+	Authorities   []*Authority           `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Progress      []*RotationProgress    `protobuf:"bytes,9,rep,name=progress,proto3" json:"progress,omitempty"`                         // of the phase: who has acknowledged the bundle, who has renewed
+	Bundles       []*TrustedBundle       `protobuf:"bytes,10,rep,name=bundles,proto3" json:"bundles,omitempty"`                          // of other trust domains
+	MayAdvance    bool                   `protobuf:"varint,11,opt,name=may_advance,json=mayAdvance,proto3" json:"may_advance,omitempty"` // the next step (activate, retire) would not be refused
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustStatusResponse) Reset() {
+	*x = TrustStatusResponse{}
+	mi := &file_operator_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustStatusResponse) ProtoMessage() {}
+
+func (x *TrustStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustStatusResponse.ProtoReflect.Descriptor instead.
+func (*TrustStatusResponse) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *TrustStatusResponse) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *TrustStatusResponse) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *TrustStatusResponse) GetPhase() string {
+	if x != nil {
+		return x.Phase
+	}
+	return ""
+}
+
+func (x *TrustStatusResponse) GetSinceUnix() int64 {
+	if x != nil {
+		return x.SinceUnix
+	}
+	return 0
+}
+
+func (x *TrustStatusResponse) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *TrustStatusResponse) GetBundleSha256() string {
+	if x != nil {
+		return x.BundleSha256
+	}
+	return ""
+}
+
+func (x *TrustStatusResponse) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *TrustStatusResponse) GetAuthorities() []*Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *TrustStatusResponse) GetProgress() []*RotationProgress {
+	if x != nil {
+		return x.Progress
+	}
+	return nil
+}
+
+func (x *TrustStatusResponse) GetBundles() []*TrustedBundle {
+	if x != nil {
+		return x.Bundles
+	}
+	return nil
+}
+
+func (x *TrustStatusResponse) GetMayAdvance() bool {
+	if x != nil {
+		return x.MayAdvance
+	}
+	return false
+}
+
+// Authority is a root, an issuer or a JWT signing key.
+type Authority struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`               // root, issuer, jwt
+	State         string                 `protobuf:"bytes,2,opt,name=state,proto3" json:"state,omitempty"`             // active, prepared, retiring
+	Fingerprint   string                 `protobuf:"bytes,3,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"` // SHA-256 of the certificate, or the key id
+	Subject       string                 `protobuf:"bytes,4,opt,name=subject,proto3" json:"subject,omitempty"`
+	NotBeforeUnix int64                  `protobuf:"varint,5,opt,name=not_before_unix,json=notBeforeUnix,proto3" json:"not_before_unix,omitempty"`
+	NotAfterUnix  int64                  `protobuf:"varint,6,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
+	Key           string                 `protobuf:"bytes,7,opt,name=key,proto3" json:"key,omitempty"` // here, offline, external
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Authority) Reset() {
+	*x = Authority{}
+	mi := &file_operator_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Authority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Authority) ProtoMessage() {}
+
+func (x *Authority) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Authority.ProtoReflect.Descriptor instead.
+func (*Authority) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *Authority) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Authority) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Authority) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *Authority) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *Authority) GetNotBeforeUnix() int64 {
+	if x != nil {
+		return x.NotBeforeUnix
+	}
+	return 0
+}
+
+func (x *Authority) GetNotAfterUnix() int64 {
+	if x != nil {
+		return x.NotAfterUnix
+	}
+	return 0
+}
+
+func (x *Authority) GetKey() string {
+	if x != nil {
+		return x.Key
+	}
+	return ""
+}
+
+// RotationProgress is one member, or one process of this cluster.
+type RotationProgress struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"` // member, proxy
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"` // of our bundle that it acknowledged
+	Acknowledged  bool                   `protobuf:"varint,4,opt,name=acknowledged,proto3" json:"acknowledged,omitempty"`
+	Renewed       bool                   `protobuf:"varint,5,opt,name=renewed,proto3" json:"renewed,omitempty"` // proxies: holds an identity of the new issuer (after activate)
+	LastSeenUnix  int64                  `protobuf:"varint,6,opt,name=last_seen_unix,json=lastSeenUnix,proto3" json:"last_seen_unix,omitempty"`
+	Reachable     bool                   `protobuf:"varint,7,opt,name=reachable,proto3" json:"reachable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotationProgress) Reset() {
+	*x = RotationProgress{}
+	mi := &file_operator_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotationProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotationProgress) ProtoMessage() {}
+
+func (x *RotationProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotationProgress.ProtoReflect.Descriptor instead.
+func (*RotationProgress) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *RotationProgress) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *RotationProgress) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RotationProgress) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *RotationProgress) GetAcknowledged() bool {
+	if x != nil {
+		return x.Acknowledged
+	}
+	return false
+}
+
+func (x *RotationProgress) GetRenewed() bool {
+	if x != nil {
+		return x.Renewed
+	}
+	return false
+}
+
+func (x *RotationProgress) GetLastSeenUnix() int64 {
+	if x != nil {
+		return x.LastSeenUnix
+	}
+	return 0
+}
+
+func (x *RotationProgress) GetReachable() bool {
+	if x != nil {
+		return x.Reachable
+	}
+	return false
+}
+
+// TrustedBundle is a bundle of another trust domain.
+type TrustedBundle struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Cluster       string                 `protobuf:"bytes,2,opt,name=cluster,proto3" json:"cluster,omitempty"` // empty: not a member
+	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Sha256        string                 `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	Authorities   []*Authority           `protobuf:"bytes,5,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	UpdatedUnix   int64                  `protobuf:"varint,6,opt,name=updated_unix,json=updatedUnix,proto3" json:"updated_unix,omitempty"` // when it was last confirmed by its origin
+	Source        string                 `protobuf:"bytes,7,opt,name=source,proto3" json:"source,omitempty"`                               // catalog, https_spiffe, https_web, join
+	Error         string                 `protobuf:"bytes,8,opt,name=error,proto3" json:"error,omitempty"`                                 // of the last attempt to refresh it
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustedBundle) Reset() {
+	*x = TrustedBundle{}
+	mi := &file_operator_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustedBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustedBundle) ProtoMessage() {}
+
+func (x *TrustedBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustedBundle.ProtoReflect.Descriptor instead.
+func (*TrustedBundle) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{52}
+}
+
+func (x *TrustedBundle) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *TrustedBundle) GetCluster() string {
+	if x != nil {
+		return x.Cluster
+	}
+	return ""
+}
+
+func (x *TrustedBundle) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *TrustedBundle) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *TrustedBundle) GetAuthorities() []*Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *TrustedBundle) GetUpdatedUnix() int64 {
+	if x != nil {
+		return x.UpdatedUnix
+	}
+	return 0
+}
+
+func (x *TrustedBundle) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *TrustedBundle) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+type TrustRotateRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Action        string                 `protobuf:"bytes,1,opt,name=action,proto3" json:"action,omitempty"`                  // prepare, activate, retire, abort
+	Force         bool                   `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`                   // retire although not everybody has acknowledged
+	RootPem       []byte                 `protobuf:"bytes,3,opt,name=root_pem,json=rootPem,proto3" json:"root_pem,omitempty"` // prepare with a root whose key is kept offline: its certificate
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustRotateRequest) Reset() {
+	*x = TrustRotateRequest{}
+	mi := &file_operator_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustRotateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustRotateRequest) ProtoMessage() {}
+
+func (x *TrustRotateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustRotateRequest.ProtoReflect.Descriptor instead.
+func (*TrustRotateRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *TrustRotateRequest) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *TrustRotateRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *TrustRotateRequest) GetRootPem() []byte {
+	if x != nil {
+		return x.RootPem
+	}
+	return nil
+}
+
+type IssuerRequestRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuerRequestRequest) Reset() {
+	*x = IssuerRequestRequest{}
+	mi := &file_operator_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuerRequestRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuerRequestRequest) ProtoMessage() {}
+
+func (x *IssuerRequestRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuerRequestRequest.ProtoReflect.Descriptor instead.
+func (*IssuerRequestRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{54}
+}
+
+type IssuerRequestResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	CsrPem        []byte                 `protobuf:"bytes,1,opt,name=csr_pem,json=csrPem,proto3" json:"csr_pem,omitempty"` // for strait trust root sign, where the root key is
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuerRequestResponse) Reset() {
+	*x = IssuerRequestResponse{}
+	mi := &file_operator_proto_msgTypes[55]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuerRequestResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuerRequestResponse) ProtoMessage() {}
+
+func (x *IssuerRequestResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[55]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuerRequestResponse.ProtoReflect.Descriptor instead.
+func (*IssuerRequestResponse) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{55}
+}
+
+func (x *IssuerRequestResponse) GetCsrPem() []byte {
+	if x != nil {
+		return x.CsrPem
+	}
+	return nil
+}
+
+type IssuerImportRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ChainPem      []byte                 `protobuf:"bytes,1,opt,name=chain_pem,json=chainPem,proto3" json:"chain_pem,omitempty"` // issuer first
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssuerImportRequest) Reset() {
+	*x = IssuerImportRequest{}
+	mi := &file_operator_proto_msgTypes[56]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssuerImportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssuerImportRequest) ProtoMessage() {}
+
+func (x *IssuerImportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_operator_proto_msgTypes[56]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssuerImportRequest.ProtoReflect.Descriptor instead.
+func (*IssuerImportRequest) Descriptor() ([]byte, []int) {
+	return file_operator_proto_rawDescGZIP(), []int{56}
+}
+
+func (x *IssuerImportRequest) GetChainPem() []byte {
+	if x != nil {
+		return x.ChainPem
+	}
+	return nil
+}
+
 type BackupRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3097,7 +3999,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_operator_proto_msgTypes[43]
+	mi := &file_operator_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3109,7 +4011,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_proto_msgTypes[43]
+	mi := &file_operator_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3122,7 +4024,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_operator_proto_rawDescGZIP(), []int{43}
+	return file_operator_proto_rawDescGZIP(), []int{57}
 }
 
 type BackupChunk struct {
@@ -3134,7 +4036,7 @@ type BackupChunk struct {
 
 func (x *BackupChunk) Reset() {
 	*x = BackupChunk{}
-	mi := &file_operator_proto_msgTypes[44]
+	mi := &file_operator_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3146,7 +4048,7 @@ func (x *BackupChunk) String() string {
 func (*BackupChunk) ProtoMessage() {}
 
 func (x *BackupChunk) ProtoReflect() protoreflect.Message {
-	mi := &file_operator_proto_msgTypes[44]
+	mi := &file_operator_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3159,7 +4061,7 @@ func (x *BackupChunk) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupChunk.ProtoReflect.Descriptor instead.
 func (*BackupChunk) Descriptor() ([]byte, []int) {
-	return file_operator_proto_rawDescGZIP(), []int{44}
+	return file_operator_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *BackupChunk) GetData() []byte {
@@ -3446,11 +4348,76 @@ const file_operator_proto_rawDesc = "" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\"W\n" +
 	"\x15WorkloadEvictResponse\x12\x1c\n" +
 	"\tconfirmed\x18\x01 \x01(\rR\tconfirmed\x12 \n" +
-	"\vunconfirmed\x18\x02 \x03(\tR\vunconfirmed\"\x0f\n" +
+	"\vunconfirmed\x18\x02 \x03(\tR\vunconfirmed\"5\n" +
+	"\x16WorkloadReadmitRequest\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\"u\n" +
+	"\x12TrustRevokeRequest\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12*\n" +
+	"\x11issued_before_now\x18\x03 \x01(\bR\x0fissuedBeforeNow\"\xce\x01\n" +
+	"\x10WithdrawalStatus\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x17\n" +
+	"\aat_unix\x18\x03 \x01(\x03R\x06atUnix\x12,\n" +
+	"\x12issued_before_unix\x18\x04 \x01(\x03R\x10issuedBeforeUnix\x12\x1c\n" +
+	"\tconfirmed\x18\x05 \x01(\rR\tconfirmed\x12 \n" +
+	"\vunconfirmed\x18\x06 \x03(\tR\vunconfirmed\"\x14\n" +
+	"\x12WithdrawalsRequest\"T\n" +
+	"\x13WithdrawalsResponse\x12=\n" +
+	"\vwithdrawals\x18\x01 \x03(\v2\x1b.strait.v1.WithdrawalStatusR\vwithdrawals\"\x14\n" +
+	"\x12TrustStatusRequest\"\xa6\x03\n" +
+	"\x13TrustStatusResponse\x12\x18\n" +
+	"\acluster\x18\x01 \x01(\tR\acluster\x12!\n" +
+	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12\x14\n" +
+	"\x05phase\x18\x03 \x01(\tR\x05phase\x12\x1d\n" +
+	"\n" +
+	"since_unix\x18\x04 \x01(\x03R\tsinceUnix\x12\x1a\n" +
+	"\bsequence\x18\x05 \x01(\x04R\bsequence\x12#\n" +
+	"\rbundle_sha256\x18\x06 \x01(\tR\fbundleSha256\x12\x16\n" +
+	"\x06source\x18\a \x01(\tR\x06source\x126\n" +
+	"\vauthorities\x18\b \x03(\v2\x14.strait.v1.AuthorityR\vauthorities\x127\n" +
+	"\bprogress\x18\t \x03(\v2\x1b.strait.v1.RotationProgressR\bprogress\x122\n" +
+	"\abundles\x18\n" +
+	" \x03(\v2\x18.strait.v1.TrustedBundleR\abundles\x12\x1f\n" +
+	"\vmay_advance\x18\v \x01(\bR\n" +
+	"mayAdvance\"\xd1\x01\n" +
+	"\tAuthority\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05state\x18\x02 \x01(\tR\x05state\x12 \n" +
+	"\vfingerprint\x18\x03 \x01(\tR\vfingerprint\x12\x18\n" +
+	"\asubject\x18\x04 \x01(\tR\asubject\x12&\n" +
+	"\x0fnot_before_unix\x18\x05 \x01(\x03R\rnotBeforeUnix\x12$\n" +
+	"\x0enot_after_unix\x18\x06 \x01(\x03R\fnotAfterUnix\x12\x10\n" +
+	"\x03key\x18\a \x01(\tR\x03key\"\xd8\x01\n" +
+	"\x10RotationProgress\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\"\n" +
+	"\facknowledged\x18\x04 \x01(\bR\facknowledged\x12\x18\n" +
+	"\arenewed\x18\x05 \x01(\bR\arenewed\x12$\n" +
+	"\x0elast_seen_unix\x18\x06 \x01(\x03R\flastSeenUnix\x12\x1c\n" +
+	"\treachable\x18\a \x01(\bR\treachable\"\x89\x02\n" +
+	"\rTrustedBundle\x12!\n" +
+	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
+	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1a\n" +
+	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x126\n" +
+	"\vauthorities\x18\x05 \x03(\v2\x14.strait.v1.AuthorityR\vauthorities\x12!\n" +
+	"\fupdated_unix\x18\x06 \x01(\x03R\vupdatedUnix\x12\x16\n" +
+	"\x06source\x18\a \x01(\tR\x06source\x12\x14\n" +
+	"\x05error\x18\b \x01(\tR\x05error\"]\n" +
+	"\x12TrustRotateRequest\x12\x16\n" +
+	"\x06action\x18\x01 \x01(\tR\x06action\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\x12\x19\n" +
+	"\broot_pem\x18\x03 \x01(\fR\arootPem\"\x16\n" +
+	"\x14IssuerRequestRequest\"0\n" +
+	"\x15IssuerRequestResponse\x12\x17\n" +
+	"\acsr_pem\x18\x01 \x01(\fR\x06csrPem\"2\n" +
+	"\x13IssuerImportRequest\x12\x1b\n" +
+	"\tchain_pem\x18\x01 \x01(\fR\bchainPem\"\x0f\n" +
 	"\rBackupRequest\"!\n" +
 	"\vBackupChunk\x12\x12\n" +
-	"\x04data\x18\x01 \x01(\fR\x04data2\xa1\n" +
-	"\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data2\xcd\x0e\n" +
 	"\bOperator\x12=\n" +
 	"\x06Status\x12\x18.strait.v1.StatusRequest\x1a\x19.strait.v1.StatusResponse\x12I\n" +
 	"\n" +
@@ -3471,7 +4438,14 @@ const file_operator_proto_rawDesc = "" +
 	"\vAccessIssue\x12\x1d.strait.v1.AccessIssueRequest\x1a\x1e.strait.v1.AccessIssueResponse\x12R\n" +
 	"\rWorkloadToken\x12\x1f.strait.v1.WorkloadTokenRequest\x1a .strait.v1.WorkloadTokenResponse\x12P\n" +
 	"\fGatewayToken\x12\x1e.strait.v1.GatewayTokenRequest\x1a .strait.v1.WorkloadTokenResponse\x12R\n" +
-	"\rWorkloadEvict\x12\x1f.strait.v1.WorkloadEvictRequest\x1a .strait.v1.WorkloadEvictResponse\x12<\n" +
+	"\rWorkloadEvict\x12\x1f.strait.v1.WorkloadEvictRequest\x1a .strait.v1.WorkloadEvictResponse\x12Q\n" +
+	"\x0fWorkloadReadmit\x12!.strait.v1.WorkloadReadmitRequest\x1a\x1b.strait.v1.WithdrawalStatus\x12L\n" +
+	"\vTrustStatus\x12\x1d.strait.v1.TrustStatusRequest\x1a\x1e.strait.v1.TrustStatusResponse\x12L\n" +
+	"\vTrustRotate\x12\x1d.strait.v1.TrustRotateRequest\x1a\x1e.strait.v1.TrustStatusResponse\x12I\n" +
+	"\vTrustRevoke\x12\x1d.strait.v1.TrustRevokeRequest\x1a\x1b.strait.v1.WithdrawalStatus\x12L\n" +
+	"\vWithdrawals\x12\x1d.strait.v1.WithdrawalsRequest\x1a\x1e.strait.v1.WithdrawalsResponse\x12R\n" +
+	"\rIssuerRequest\x12\x1f.strait.v1.IssuerRequestRequest\x1a .strait.v1.IssuerRequestResponse\x12N\n" +
+	"\fIssuerImport\x12\x1e.strait.v1.IssuerImportRequest\x1a\x1e.strait.v1.TrustStatusResponse\x12<\n" +
 	"\x06Backup\x12\x18.strait.v1.BackupRequest\x1a\x16.strait.v1.BackupChunk0\x01B@Z>github.com/strait-mesh/strait/controlplane/controlpb;controlpbb\x06proto3"
 
 var (
@@ -3486,135 +4460,168 @@ func file_operator_proto_rawDescGZIP() []byte {
 	return file_operator_proto_rawDescData
 }
 
-var file_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_operator_proto_goTypes = []any{
-	(*Problem)(nil),               // 0: strait.v1.Problem
-	(*StatusRequest)(nil),         // 1: strait.v1.StatusRequest
-	(*StatusResponse)(nil),        // 2: strait.v1.StatusResponse
-	(*Warning)(nil),               // 3: strait.v1.Warning
-	(*Certificate)(nil),           // 4: strait.v1.Certificate
-	(*Member)(nil),                // 5: strait.v1.Member
-	(*MemberListRequest)(nil),     // 6: strait.v1.MemberListRequest
-	(*MemberListResponse)(nil),    // 7: strait.v1.MemberListResponse
-	(*MemberRequest)(nil),         // 8: strait.v1.MemberRequest
-	(*TokenIssueRequest)(nil),     // 9: strait.v1.TokenIssueRequest
-	(*TokenIssueResponse)(nil),    // 10: strait.v1.TokenIssueResponse
-	(*TokenListRequest)(nil),      // 11: strait.v1.TokenListRequest
-	(*TokenListResponse)(nil),     // 12: strait.v1.TokenListResponse
-	(*TokenInfo)(nil),             // 13: strait.v1.TokenInfo
-	(*TokenRevokeRequest)(nil),    // 14: strait.v1.TokenRevokeRequest
-	(*TokenRevokeResponse)(nil),   // 15: strait.v1.TokenRevokeResponse
-	(*JoinRequest)(nil),           // 16: strait.v1.JoinRequest
-	(*LeaveRequest)(nil),          // 17: strait.v1.LeaveRequest
-	(*JoinProgress)(nil),          // 18: strait.v1.JoinProgress
-	(*ServiceListRequest)(nil),    // 19: strait.v1.ServiceListRequest
-	(*ServiceListResponse)(nil),   // 20: strait.v1.ServiceListResponse
-	(*ServiceSummary)(nil),        // 21: strait.v1.ServiceSummary
-	(*ServiceProvider)(nil),       // 22: strait.v1.ServiceProvider
-	(*WhyRequest)(nil),            // 23: strait.v1.WhyRequest
-	(*WhyResponse)(nil),           // 24: strait.v1.WhyResponse
-	(*WhyGroup)(nil),              // 25: strait.v1.WhyGroup
-	(*TraceRequest)(nil),          // 26: strait.v1.TraceRequest
-	(*TraceResponse)(nil),         // 27: strait.v1.TraceResponse
-	(*Trace)(nil),                 // 28: strait.v1.Trace
-	(*Span)(nil),                  // 29: strait.v1.Span
-	(*SpanEvent)(nil),             // 30: strait.v1.SpanEvent
-	(*PingRequest)(nil),           // 31: strait.v1.PingRequest
-	(*PingReply)(nil),             // 32: strait.v1.PingReply
-	(*CheckRequest)(nil),          // 33: strait.v1.CheckRequest
-	(*CheckResponse)(nil),         // 34: strait.v1.CheckResponse
-	(*CheckItem)(nil),             // 35: strait.v1.CheckItem
-	(*AccessIssueRequest)(nil),    // 36: strait.v1.AccessIssueRequest
-	(*AccessIssueResponse)(nil),   // 37: strait.v1.AccessIssueResponse
-	(*WorkloadTokenRequest)(nil),  // 38: strait.v1.WorkloadTokenRequest
-	(*GatewayTokenRequest)(nil),   // 39: strait.v1.GatewayTokenRequest
-	(*WorkloadTokenResponse)(nil), // 40: strait.v1.WorkloadTokenResponse
-	(*WorkloadEvictRequest)(nil),  // 41: strait.v1.WorkloadEvictRequest
-	(*WorkloadEvictResponse)(nil), // 42: strait.v1.WorkloadEvictResponse
-	(*BackupRequest)(nil),         // 43: strait.v1.BackupRequest
-	(*BackupChunk)(nil),           // 44: strait.v1.BackupChunk
-	nil,                           // 45: strait.v1.Span.AttributesEntry
-	nil,                           // 46: strait.v1.SpanEvent.AttributesEntry
-	(*Gateway)(nil),               // 47: strait.v1.Gateway
-	(*Tunnel)(nil),                // 48: strait.v1.Tunnel
-	(*GatewayRecord)(nil),         // 49: strait.v1.GatewayRecord
-	(*ServiceRef)(nil),            // 50: strait.v1.ServiceRef
-	(*ServicePort)(nil),           // 51: strait.v1.ServicePort
-	(*HealthCounts)(nil),          // 52: strait.v1.HealthCounts
-	(*LocalEndpoint)(nil),         // 53: strait.v1.LocalEndpoint
-	(*DecisionReport)(nil),        // 54: strait.v1.DecisionReport
+	(*Problem)(nil),                // 0: strait.v1.Problem
+	(*StatusRequest)(nil),          // 1: strait.v1.StatusRequest
+	(*StatusResponse)(nil),         // 2: strait.v1.StatusResponse
+	(*Warning)(nil),                // 3: strait.v1.Warning
+	(*Certificate)(nil),            // 4: strait.v1.Certificate
+	(*Member)(nil),                 // 5: strait.v1.Member
+	(*MemberListRequest)(nil),      // 6: strait.v1.MemberListRequest
+	(*MemberListResponse)(nil),     // 7: strait.v1.MemberListResponse
+	(*MemberRequest)(nil),          // 8: strait.v1.MemberRequest
+	(*TokenIssueRequest)(nil),      // 9: strait.v1.TokenIssueRequest
+	(*TokenIssueResponse)(nil),     // 10: strait.v1.TokenIssueResponse
+	(*TokenListRequest)(nil),       // 11: strait.v1.TokenListRequest
+	(*TokenListResponse)(nil),      // 12: strait.v1.TokenListResponse
+	(*TokenInfo)(nil),              // 13: strait.v1.TokenInfo
+	(*TokenRevokeRequest)(nil),     // 14: strait.v1.TokenRevokeRequest
+	(*TokenRevokeResponse)(nil),    // 15: strait.v1.TokenRevokeResponse
+	(*JoinRequest)(nil),            // 16: strait.v1.JoinRequest
+	(*LeaveRequest)(nil),           // 17: strait.v1.LeaveRequest
+	(*JoinProgress)(nil),           // 18: strait.v1.JoinProgress
+	(*ServiceListRequest)(nil),     // 19: strait.v1.ServiceListRequest
+	(*ServiceListResponse)(nil),    // 20: strait.v1.ServiceListResponse
+	(*ServiceSummary)(nil),         // 21: strait.v1.ServiceSummary
+	(*ServiceProvider)(nil),        // 22: strait.v1.ServiceProvider
+	(*WhyRequest)(nil),             // 23: strait.v1.WhyRequest
+	(*WhyResponse)(nil),            // 24: strait.v1.WhyResponse
+	(*WhyGroup)(nil),               // 25: strait.v1.WhyGroup
+	(*TraceRequest)(nil),           // 26: strait.v1.TraceRequest
+	(*TraceResponse)(nil),          // 27: strait.v1.TraceResponse
+	(*Trace)(nil),                  // 28: strait.v1.Trace
+	(*Span)(nil),                   // 29: strait.v1.Span
+	(*SpanEvent)(nil),              // 30: strait.v1.SpanEvent
+	(*PingRequest)(nil),            // 31: strait.v1.PingRequest
+	(*PingReply)(nil),              // 32: strait.v1.PingReply
+	(*CheckRequest)(nil),           // 33: strait.v1.CheckRequest
+	(*CheckResponse)(nil),          // 34: strait.v1.CheckResponse
+	(*CheckItem)(nil),              // 35: strait.v1.CheckItem
+	(*AccessIssueRequest)(nil),     // 36: strait.v1.AccessIssueRequest
+	(*AccessIssueResponse)(nil),    // 37: strait.v1.AccessIssueResponse
+	(*WorkloadTokenRequest)(nil),   // 38: strait.v1.WorkloadTokenRequest
+	(*GatewayTokenRequest)(nil),    // 39: strait.v1.GatewayTokenRequest
+	(*WorkloadTokenResponse)(nil),  // 40: strait.v1.WorkloadTokenResponse
+	(*WorkloadEvictRequest)(nil),   // 41: strait.v1.WorkloadEvictRequest
+	(*WorkloadEvictResponse)(nil),  // 42: strait.v1.WorkloadEvictResponse
+	(*WorkloadReadmitRequest)(nil), // 43: strait.v1.WorkloadReadmitRequest
+	(*TrustRevokeRequest)(nil),     // 44: strait.v1.TrustRevokeRequest
+	(*WithdrawalStatus)(nil),       // 45: strait.v1.WithdrawalStatus
+	(*WithdrawalsRequest)(nil),     // 46: strait.v1.WithdrawalsRequest
+	(*WithdrawalsResponse)(nil),    // 47: strait.v1.WithdrawalsResponse
+	(*TrustStatusRequest)(nil),     // 48: strait.v1.TrustStatusRequest
+	(*TrustStatusResponse)(nil),    // 49: strait.v1.TrustStatusResponse
+	(*Authority)(nil),              // 50: strait.v1.Authority
+	(*RotationProgress)(nil),       // 51: strait.v1.RotationProgress
+	(*TrustedBundle)(nil),          // 52: strait.v1.TrustedBundle
+	(*TrustRotateRequest)(nil),     // 53: strait.v1.TrustRotateRequest
+	(*IssuerRequestRequest)(nil),   // 54: strait.v1.IssuerRequestRequest
+	(*IssuerRequestResponse)(nil),  // 55: strait.v1.IssuerRequestResponse
+	(*IssuerImportRequest)(nil),    // 56: strait.v1.IssuerImportRequest
+	(*BackupRequest)(nil),          // 57: strait.v1.BackupRequest
+	(*BackupChunk)(nil),            // 58: strait.v1.BackupChunk
+	nil,                            // 59: strait.v1.Span.AttributesEntry
+	nil,                            // 60: strait.v1.SpanEvent.AttributesEntry
+	(*Gateway)(nil),                // 61: strait.v1.Gateway
+	(*Tunnel)(nil),                 // 62: strait.v1.Tunnel
+	(*GatewayRecord)(nil),          // 63: strait.v1.GatewayRecord
+	(*ServiceRef)(nil),             // 64: strait.v1.ServiceRef
+	(*ServicePort)(nil),            // 65: strait.v1.ServicePort
+	(*HealthCounts)(nil),           // 66: strait.v1.HealthCounts
+	(*LocalEndpoint)(nil),          // 67: strait.v1.LocalEndpoint
+	(*DecisionReport)(nil),         // 68: strait.v1.DecisionReport
 }
 var file_operator_proto_depIdxs = []int32{
 	5,  // 0: strait.v1.StatusResponse.members:type_name -> strait.v1.Member
-	47, // 1: strait.v1.StatusResponse.gateways:type_name -> strait.v1.Gateway
+	61, // 1: strait.v1.StatusResponse.gateways:type_name -> strait.v1.Gateway
 	21, // 2: strait.v1.StatusResponse.services:type_name -> strait.v1.ServiceSummary
 	3,  // 3: strait.v1.StatusResponse.warnings:type_name -> strait.v1.Warning
 	4,  // 4: strait.v1.StatusResponse.certificates:type_name -> strait.v1.Certificate
-	48, // 5: strait.v1.StatusResponse.tunnels:type_name -> strait.v1.Tunnel
-	49, // 6: strait.v1.Member.gateways:type_name -> strait.v1.GatewayRecord
-	48, // 7: strait.v1.Member.tunnels:type_name -> strait.v1.Tunnel
+	62, // 5: strait.v1.StatusResponse.tunnels:type_name -> strait.v1.Tunnel
+	63, // 6: strait.v1.Member.gateways:type_name -> strait.v1.GatewayRecord
+	62, // 7: strait.v1.Member.tunnels:type_name -> strait.v1.Tunnel
 	5,  // 8: strait.v1.MemberListResponse.members:type_name -> strait.v1.Member
 	13, // 9: strait.v1.TokenListResponse.tokens:type_name -> strait.v1.TokenInfo
 	0,  // 10: strait.v1.JoinProgress.problem:type_name -> strait.v1.Problem
 	5,  // 11: strait.v1.JoinProgress.member:type_name -> strait.v1.Member
 	21, // 12: strait.v1.ServiceListResponse.services:type_name -> strait.v1.ServiceSummary
-	50, // 13: strait.v1.ServiceSummary.service:type_name -> strait.v1.ServiceRef
-	51, // 14: strait.v1.ServiceSummary.ports:type_name -> strait.v1.ServicePort
+	64, // 13: strait.v1.ServiceSummary.service:type_name -> strait.v1.ServiceRef
+	65, // 14: strait.v1.ServiceSummary.ports:type_name -> strait.v1.ServicePort
 	22, // 15: strait.v1.ServiceSummary.providers:type_name -> strait.v1.ServiceProvider
-	52, // 16: strait.v1.ServiceProvider.health:type_name -> strait.v1.HealthCounts
-	53, // 17: strait.v1.ServiceProvider.endpoints:type_name -> strait.v1.LocalEndpoint
-	50, // 18: strait.v1.WhyResponse.service:type_name -> strait.v1.ServiceRef
+	66, // 16: strait.v1.ServiceProvider.health:type_name -> strait.v1.HealthCounts
+	67, // 17: strait.v1.ServiceProvider.endpoints:type_name -> strait.v1.LocalEndpoint
+	64, // 18: strait.v1.WhyResponse.service:type_name -> strait.v1.ServiceRef
 	25, // 19: strait.v1.WhyResponse.groups:type_name -> strait.v1.WhyGroup
-	54, // 20: strait.v1.WhyGroup.decision:type_name -> strait.v1.DecisionReport
+	68, // 20: strait.v1.WhyGroup.decision:type_name -> strait.v1.DecisionReport
 	28, // 21: strait.v1.TraceResponse.traces:type_name -> strait.v1.Trace
 	29, // 22: strait.v1.Trace.spans:type_name -> strait.v1.Span
-	45, // 23: strait.v1.Span.attributes:type_name -> strait.v1.Span.AttributesEntry
+	59, // 23: strait.v1.Span.attributes:type_name -> strait.v1.Span.AttributesEntry
 	30, // 24: strait.v1.Span.events:type_name -> strait.v1.SpanEvent
-	46, // 25: strait.v1.SpanEvent.attributes:type_name -> strait.v1.SpanEvent.AttributesEntry
+	60, // 25: strait.v1.SpanEvent.attributes:type_name -> strait.v1.SpanEvent.AttributesEntry
 	35, // 26: strait.v1.CheckResponse.items:type_name -> strait.v1.CheckItem
-	1,  // 27: strait.v1.Operator.Status:input_type -> strait.v1.StatusRequest
-	9,  // 28: strait.v1.Operator.TokenIssue:input_type -> strait.v1.TokenIssueRequest
-	11, // 29: strait.v1.Operator.TokenList:input_type -> strait.v1.TokenListRequest
-	14, // 30: strait.v1.Operator.TokenRevoke:input_type -> strait.v1.TokenRevokeRequest
-	16, // 31: strait.v1.Operator.Join:input_type -> strait.v1.JoinRequest
-	17, // 32: strait.v1.Operator.Leave:input_type -> strait.v1.LeaveRequest
-	6,  // 33: strait.v1.Operator.MemberList:input_type -> strait.v1.MemberListRequest
-	8,  // 34: strait.v1.Operator.MemberApprove:input_type -> strait.v1.MemberRequest
-	8,  // 35: strait.v1.Operator.MemberEvict:input_type -> strait.v1.MemberRequest
-	19, // 36: strait.v1.Operator.ServiceList:input_type -> strait.v1.ServiceListRequest
-	23, // 37: strait.v1.Operator.Why:input_type -> strait.v1.WhyRequest
-	26, // 38: strait.v1.Operator.Trace:input_type -> strait.v1.TraceRequest
-	31, // 39: strait.v1.Operator.Ping:input_type -> strait.v1.PingRequest
-	33, // 40: strait.v1.Operator.Check:input_type -> strait.v1.CheckRequest
-	36, // 41: strait.v1.Operator.AccessIssue:input_type -> strait.v1.AccessIssueRequest
-	38, // 42: strait.v1.Operator.WorkloadToken:input_type -> strait.v1.WorkloadTokenRequest
-	39, // 43: strait.v1.Operator.GatewayToken:input_type -> strait.v1.GatewayTokenRequest
-	41, // 44: strait.v1.Operator.WorkloadEvict:input_type -> strait.v1.WorkloadEvictRequest
-	43, // 45: strait.v1.Operator.Backup:input_type -> strait.v1.BackupRequest
-	2,  // 46: strait.v1.Operator.Status:output_type -> strait.v1.StatusResponse
-	10, // 47: strait.v1.Operator.TokenIssue:output_type -> strait.v1.TokenIssueResponse
-	12, // 48: strait.v1.Operator.TokenList:output_type -> strait.v1.TokenListResponse
-	15, // 49: strait.v1.Operator.TokenRevoke:output_type -> strait.v1.TokenRevokeResponse
-	18, // 50: strait.v1.Operator.Join:output_type -> strait.v1.JoinProgress
-	18, // 51: strait.v1.Operator.Leave:output_type -> strait.v1.JoinProgress
-	7,  // 52: strait.v1.Operator.MemberList:output_type -> strait.v1.MemberListResponse
-	5,  // 53: strait.v1.Operator.MemberApprove:output_type -> strait.v1.Member
-	5,  // 54: strait.v1.Operator.MemberEvict:output_type -> strait.v1.Member
-	20, // 55: strait.v1.Operator.ServiceList:output_type -> strait.v1.ServiceListResponse
-	24, // 56: strait.v1.Operator.Why:output_type -> strait.v1.WhyResponse
-	27, // 57: strait.v1.Operator.Trace:output_type -> strait.v1.TraceResponse
-	32, // 58: strait.v1.Operator.Ping:output_type -> strait.v1.PingReply
-	34, // 59: strait.v1.Operator.Check:output_type -> strait.v1.CheckResponse
-	37, // 60: strait.v1.Operator.AccessIssue:output_type -> strait.v1.AccessIssueResponse
-	40, // 61: strait.v1.Operator.WorkloadToken:output_type -> strait.v1.WorkloadTokenResponse
-	40, // 62: strait.v1.Operator.GatewayToken:output_type -> strait.v1.WorkloadTokenResponse
-	42, // 63: strait.v1.Operator.WorkloadEvict:output_type -> strait.v1.WorkloadEvictResponse
-	44, // 64: strait.v1.Operator.Backup:output_type -> strait.v1.BackupChunk
-	46, // [46:65] is the sub-list for method output_type
-	27, // [27:46] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	45, // 27: strait.v1.WithdrawalsResponse.withdrawals:type_name -> strait.v1.WithdrawalStatus
+	50, // 28: strait.v1.TrustStatusResponse.authorities:type_name -> strait.v1.Authority
+	51, // 29: strait.v1.TrustStatusResponse.progress:type_name -> strait.v1.RotationProgress
+	52, // 30: strait.v1.TrustStatusResponse.bundles:type_name -> strait.v1.TrustedBundle
+	50, // 31: strait.v1.TrustedBundle.authorities:type_name -> strait.v1.Authority
+	1,  // 32: strait.v1.Operator.Status:input_type -> strait.v1.StatusRequest
+	9,  // 33: strait.v1.Operator.TokenIssue:input_type -> strait.v1.TokenIssueRequest
+	11, // 34: strait.v1.Operator.TokenList:input_type -> strait.v1.TokenListRequest
+	14, // 35: strait.v1.Operator.TokenRevoke:input_type -> strait.v1.TokenRevokeRequest
+	16, // 36: strait.v1.Operator.Join:input_type -> strait.v1.JoinRequest
+	17, // 37: strait.v1.Operator.Leave:input_type -> strait.v1.LeaveRequest
+	6,  // 38: strait.v1.Operator.MemberList:input_type -> strait.v1.MemberListRequest
+	8,  // 39: strait.v1.Operator.MemberApprove:input_type -> strait.v1.MemberRequest
+	8,  // 40: strait.v1.Operator.MemberEvict:input_type -> strait.v1.MemberRequest
+	19, // 41: strait.v1.Operator.ServiceList:input_type -> strait.v1.ServiceListRequest
+	23, // 42: strait.v1.Operator.Why:input_type -> strait.v1.WhyRequest
+	26, // 43: strait.v1.Operator.Trace:input_type -> strait.v1.TraceRequest
+	31, // 44: strait.v1.Operator.Ping:input_type -> strait.v1.PingRequest
+	33, // 45: strait.v1.Operator.Check:input_type -> strait.v1.CheckRequest
+	36, // 46: strait.v1.Operator.AccessIssue:input_type -> strait.v1.AccessIssueRequest
+	38, // 47: strait.v1.Operator.WorkloadToken:input_type -> strait.v1.WorkloadTokenRequest
+	39, // 48: strait.v1.Operator.GatewayToken:input_type -> strait.v1.GatewayTokenRequest
+	41, // 49: strait.v1.Operator.WorkloadEvict:input_type -> strait.v1.WorkloadEvictRequest
+	43, // 50: strait.v1.Operator.WorkloadReadmit:input_type -> strait.v1.WorkloadReadmitRequest
+	48, // 51: strait.v1.Operator.TrustStatus:input_type -> strait.v1.TrustStatusRequest
+	53, // 52: strait.v1.Operator.TrustRotate:input_type -> strait.v1.TrustRotateRequest
+	44, // 53: strait.v1.Operator.TrustRevoke:input_type -> strait.v1.TrustRevokeRequest
+	46, // 54: strait.v1.Operator.Withdrawals:input_type -> strait.v1.WithdrawalsRequest
+	54, // 55: strait.v1.Operator.IssuerRequest:input_type -> strait.v1.IssuerRequestRequest
+	56, // 56: strait.v1.Operator.IssuerImport:input_type -> strait.v1.IssuerImportRequest
+	57, // 57: strait.v1.Operator.Backup:input_type -> strait.v1.BackupRequest
+	2,  // 58: strait.v1.Operator.Status:output_type -> strait.v1.StatusResponse
+	10, // 59: strait.v1.Operator.TokenIssue:output_type -> strait.v1.TokenIssueResponse
+	12, // 60: strait.v1.Operator.TokenList:output_type -> strait.v1.TokenListResponse
+	15, // 61: strait.v1.Operator.TokenRevoke:output_type -> strait.v1.TokenRevokeResponse
+	18, // 62: strait.v1.Operator.Join:output_type -> strait.v1.JoinProgress
+	18, // 63: strait.v1.Operator.Leave:output_type -> strait.v1.JoinProgress
+	7,  // 64: strait.v1.Operator.MemberList:output_type -> strait.v1.MemberListResponse
+	5,  // 65: strait.v1.Operator.MemberApprove:output_type -> strait.v1.Member
+	5,  // 66: strait.v1.Operator.MemberEvict:output_type -> strait.v1.Member
+	20, // 67: strait.v1.Operator.ServiceList:output_type -> strait.v1.ServiceListResponse
+	24, // 68: strait.v1.Operator.Why:output_type -> strait.v1.WhyResponse
+	27, // 69: strait.v1.Operator.Trace:output_type -> strait.v1.TraceResponse
+	32, // 70: strait.v1.Operator.Ping:output_type -> strait.v1.PingReply
+	34, // 71: strait.v1.Operator.Check:output_type -> strait.v1.CheckResponse
+	37, // 72: strait.v1.Operator.AccessIssue:output_type -> strait.v1.AccessIssueResponse
+	40, // 73: strait.v1.Operator.WorkloadToken:output_type -> strait.v1.WorkloadTokenResponse
+	40, // 74: strait.v1.Operator.GatewayToken:output_type -> strait.v1.WorkloadTokenResponse
+	42, // 75: strait.v1.Operator.WorkloadEvict:output_type -> strait.v1.WorkloadEvictResponse
+	45, // 76: strait.v1.Operator.WorkloadReadmit:output_type -> strait.v1.WithdrawalStatus
+	49, // 77: strait.v1.Operator.TrustStatus:output_type -> strait.v1.TrustStatusResponse
+	49, // 78: strait.v1.Operator.TrustRotate:output_type -> strait.v1.TrustStatusResponse
+	45, // 79: strait.v1.Operator.TrustRevoke:output_type -> strait.v1.WithdrawalStatus
+	47, // 80: strait.v1.Operator.Withdrawals:output_type -> strait.v1.WithdrawalsResponse
+	55, // 81: strait.v1.Operator.IssuerRequest:output_type -> strait.v1.IssuerRequestResponse
+	49, // 82: strait.v1.Operator.IssuerImport:output_type -> strait.v1.TrustStatusResponse
+	58, // 83: strait.v1.Operator.Backup:output_type -> strait.v1.BackupChunk
+	58, // [58:84] is the sub-list for method output_type
+	32, // [32:58] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_operator_proto_init() }
@@ -3630,7 +4637,7 @@ func file_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_operator_proto_rawDesc), len(file_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   47,
+			NumMessages:   61,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,25 +24,32 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Operator_Status_FullMethodName        = "/strait.v1.Operator/Status"
-	Operator_TokenIssue_FullMethodName    = "/strait.v1.Operator/TokenIssue"
-	Operator_TokenList_FullMethodName     = "/strait.v1.Operator/TokenList"
-	Operator_TokenRevoke_FullMethodName   = "/strait.v1.Operator/TokenRevoke"
-	Operator_Join_FullMethodName          = "/strait.v1.Operator/Join"
-	Operator_Leave_FullMethodName         = "/strait.v1.Operator/Leave"
-	Operator_MemberList_FullMethodName    = "/strait.v1.Operator/MemberList"
-	Operator_MemberApprove_FullMethodName = "/strait.v1.Operator/MemberApprove"
-	Operator_MemberEvict_FullMethodName   = "/strait.v1.Operator/MemberEvict"
-	Operator_ServiceList_FullMethodName   = "/strait.v1.Operator/ServiceList"
-	Operator_Why_FullMethodName           = "/strait.v1.Operator/Why"
-	Operator_Trace_FullMethodName         = "/strait.v1.Operator/Trace"
-	Operator_Ping_FullMethodName          = "/strait.v1.Operator/Ping"
-	Operator_Check_FullMethodName         = "/strait.v1.Operator/Check"
-	Operator_AccessIssue_FullMethodName   = "/strait.v1.Operator/AccessIssue"
-	Operator_WorkloadToken_FullMethodName = "/strait.v1.Operator/WorkloadToken"
-	Operator_GatewayToken_FullMethodName  = "/strait.v1.Operator/GatewayToken"
-	Operator_WorkloadEvict_FullMethodName = "/strait.v1.Operator/WorkloadEvict"
-	Operator_Backup_FullMethodName        = "/strait.v1.Operator/Backup"
+	Operator_Status_FullMethodName          = "/strait.v1.Operator/Status"
+	Operator_TokenIssue_FullMethodName      = "/strait.v1.Operator/TokenIssue"
+	Operator_TokenList_FullMethodName       = "/strait.v1.Operator/TokenList"
+	Operator_TokenRevoke_FullMethodName     = "/strait.v1.Operator/TokenRevoke"
+	Operator_Join_FullMethodName            = "/strait.v1.Operator/Join"
+	Operator_Leave_FullMethodName           = "/strait.v1.Operator/Leave"
+	Operator_MemberList_FullMethodName      = "/strait.v1.Operator/MemberList"
+	Operator_MemberApprove_FullMethodName   = "/strait.v1.Operator/MemberApprove"
+	Operator_MemberEvict_FullMethodName     = "/strait.v1.Operator/MemberEvict"
+	Operator_ServiceList_FullMethodName     = "/strait.v1.Operator/ServiceList"
+	Operator_Why_FullMethodName             = "/strait.v1.Operator/Why"
+	Operator_Trace_FullMethodName           = "/strait.v1.Operator/Trace"
+	Operator_Ping_FullMethodName            = "/strait.v1.Operator/Ping"
+	Operator_Check_FullMethodName           = "/strait.v1.Operator/Check"
+	Operator_AccessIssue_FullMethodName     = "/strait.v1.Operator/AccessIssue"
+	Operator_WorkloadToken_FullMethodName   = "/strait.v1.Operator/WorkloadToken"
+	Operator_GatewayToken_FullMethodName    = "/strait.v1.Operator/GatewayToken"
+	Operator_WorkloadEvict_FullMethodName   = "/strait.v1.Operator/WorkloadEvict"
+	Operator_WorkloadReadmit_FullMethodName = "/strait.v1.Operator/WorkloadReadmit"
+	Operator_TrustStatus_FullMethodName     = "/strait.v1.Operator/TrustStatus"
+	Operator_TrustRotate_FullMethodName     = "/strait.v1.Operator/TrustRotate"
+	Operator_TrustRevoke_FullMethodName     = "/strait.v1.Operator/TrustRevoke"
+	Operator_Withdrawals_FullMethodName     = "/strait.v1.Operator/Withdrawals"
+	Operator_IssuerRequest_FullMethodName   = "/strait.v1.Operator/IssuerRequest"
+	Operator_IssuerImport_FullMethodName    = "/strait.v1.Operator/IssuerImport"
+	Operator_Backup_FullMethodName          = "/strait.v1.Operator/Backup"
 )
 
 // OperatorClient is the client API for Operator service.
@@ -69,6 +76,13 @@ type OperatorClient interface {
 	WorkloadToken(ctx context.Context, in *WorkloadTokenRequest, opts ...grpc.CallOption) (*WorkloadTokenResponse, error)
 	GatewayToken(ctx context.Context, in *GatewayTokenRequest, opts ...grpc.CallOption) (*WorkloadTokenResponse, error)
 	WorkloadEvict(ctx context.Context, in *WorkloadEvictRequest, opts ...grpc.CallOption) (*WorkloadEvictResponse, error)
+	WorkloadReadmit(ctx context.Context, in *WorkloadReadmitRequest, opts ...grpc.CallOption) (*WithdrawalStatus, error)
+	TrustStatus(ctx context.Context, in *TrustStatusRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error)
+	TrustRotate(ctx context.Context, in *TrustRotateRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error)
+	TrustRevoke(ctx context.Context, in *TrustRevokeRequest, opts ...grpc.CallOption) (*WithdrawalStatus, error)
+	Withdrawals(ctx context.Context, in *WithdrawalsRequest, opts ...grpc.CallOption) (*WithdrawalsResponse, error)
+	IssuerRequest(ctx context.Context, in *IssuerRequestRequest, opts ...grpc.CallOption) (*IssuerRequestResponse, error)
+	IssuerImport(ctx context.Context, in *IssuerImportRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error)
 	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error)
 }
 
@@ -287,6 +301,76 @@ func (c *operatorClient) WorkloadEvict(ctx context.Context, in *WorkloadEvictReq
 	return out, nil
 }
 
+func (c *operatorClient) WorkloadReadmit(ctx context.Context, in *WorkloadReadmitRequest, opts ...grpc.CallOption) (*WithdrawalStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WithdrawalStatus)
+	err := c.cc.Invoke(ctx, Operator_WorkloadReadmit_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) TrustStatus(ctx context.Context, in *TrustStatusRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustStatusResponse)
+	err := c.cc.Invoke(ctx, Operator_TrustStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) TrustRotate(ctx context.Context, in *TrustRotateRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustStatusResponse)
+	err := c.cc.Invoke(ctx, Operator_TrustRotate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) TrustRevoke(ctx context.Context, in *TrustRevokeRequest, opts ...grpc.CallOption) (*WithdrawalStatus, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WithdrawalStatus)
+	err := c.cc.Invoke(ctx, Operator_TrustRevoke_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) Withdrawals(ctx context.Context, in *WithdrawalsRequest, opts ...grpc.CallOption) (*WithdrawalsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WithdrawalsResponse)
+	err := c.cc.Invoke(ctx, Operator_Withdrawals_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) IssuerRequest(ctx context.Context, in *IssuerRequestRequest, opts ...grpc.CallOption) (*IssuerRequestResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssuerRequestResponse)
+	err := c.cc.Invoke(ctx, Operator_IssuerRequest_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *operatorClient) IssuerImport(ctx context.Context, in *IssuerImportRequest, opts ...grpc.CallOption) (*TrustStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustStatusResponse)
+	err := c.cc.Invoke(ctx, Operator_IssuerImport_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *operatorClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupChunk], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Operator_ServiceDesc.Streams[3], Operator_Backup_FullMethodName, cOpts...)
@@ -330,6 +414,13 @@ type OperatorServer interface {
 	WorkloadToken(context.Context, *WorkloadTokenRequest) (*WorkloadTokenResponse, error)
 	GatewayToken(context.Context, *GatewayTokenRequest) (*WorkloadTokenResponse, error)
 	WorkloadEvict(context.Context, *WorkloadEvictRequest) (*WorkloadEvictResponse, error)
+	WorkloadReadmit(context.Context, *WorkloadReadmitRequest) (*WithdrawalStatus, error)
+	TrustStatus(context.Context, *TrustStatusRequest) (*TrustStatusResponse, error)
+	TrustRotate(context.Context, *TrustRotateRequest) (*TrustStatusResponse, error)
+	TrustRevoke(context.Context, *TrustRevokeRequest) (*WithdrawalStatus, error)
+	Withdrawals(context.Context, *WithdrawalsRequest) (*WithdrawalsResponse, error)
+	IssuerRequest(context.Context, *IssuerRequestRequest) (*IssuerRequestResponse, error)
+	IssuerImport(context.Context, *IssuerImportRequest) (*TrustStatusResponse, error)
 	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error
 	mustEmbedUnimplementedOperatorServer()
 }
@@ -394,6 +485,27 @@ func (UnimplementedOperatorServer) GatewayToken(context.Context, *GatewayTokenRe
 }
 func (UnimplementedOperatorServer) WorkloadEvict(context.Context, *WorkloadEvictRequest) (*WorkloadEvictResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method WorkloadEvict not implemented")
+}
+func (UnimplementedOperatorServer) WorkloadReadmit(context.Context, *WorkloadReadmitRequest) (*WithdrawalStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method WorkloadReadmit not implemented")
+}
+func (UnimplementedOperatorServer) TrustStatus(context.Context, *TrustStatusRequest) (*TrustStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TrustStatus not implemented")
+}
+func (UnimplementedOperatorServer) TrustRotate(context.Context, *TrustRotateRequest) (*TrustStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method TrustRotate not implemented")
+}
+func (UnimplementedOperatorServer) TrustRevoke(context.Context, *TrustRevokeRequest) (*WithdrawalStatus, error) {
+	return nil, status.Error(codes.Unimplemented, "method TrustRevoke not implemented")
+}
+func (UnimplementedOperatorServer) Withdrawals(context.Context, *WithdrawalsRequest) (*WithdrawalsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Withdrawals not implemented")
+}
+func (UnimplementedOperatorServer) IssuerRequest(context.Context, *IssuerRequestRequest) (*IssuerRequestResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssuerRequest not implemented")
+}
+func (UnimplementedOperatorServer) IssuerImport(context.Context, *IssuerImportRequest) (*TrustStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssuerImport not implemented")
 }
 func (UnimplementedOperatorServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupChunk]) error {
 	return status.Error(codes.Unimplemented, "method Backup not implemented")
@@ -722,6 +834,132 @@ func _Operator_WorkloadEvict_Handler(srv interface{}, ctx context.Context, dec f
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operator_WorkloadReadmit_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WorkloadReadmitRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).WorkloadReadmit(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_WorkloadReadmit_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).WorkloadReadmit(ctx, req.(*WorkloadReadmitRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_TrustStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TrustStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).TrustStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_TrustStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).TrustStatus(ctx, req.(*TrustStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_TrustRotate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TrustRotateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).TrustRotate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_TrustRotate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).TrustRotate(ctx, req.(*TrustRotateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_TrustRevoke_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(TrustRevokeRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).TrustRevoke(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_TrustRevoke_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).TrustRevoke(ctx, req.(*TrustRevokeRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_Withdrawals_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WithdrawalsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).Withdrawals(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_Withdrawals_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).Withdrawals(ctx, req.(*WithdrawalsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_IssuerRequest_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssuerRequestRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).IssuerRequest(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_IssuerRequest_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).IssuerRequest(ctx, req.(*IssuerRequestRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Operator_IssuerImport_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssuerImportRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(OperatorServer).IssuerImport(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Operator_IssuerImport_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(OperatorServer).IssuerImport(ctx, req.(*IssuerImportRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Operator_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
 	m := new(BackupRequest)
 	if err := stream.RecvMsg(m); err != nil {
@@ -799,6 +1037,34 @@ var Operator_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "WorkloadEvict",
 			Handler:    _Operator_WorkloadEvict_Handler,
+		},
+		{
+			MethodName: "WorkloadReadmit",
+			Handler:    _Operator_WorkloadReadmit_Handler,
+		},
+		{
+			MethodName: "TrustStatus",
+			Handler:    _Operator_TrustStatus_Handler,
+		},
+		{
+			MethodName: "TrustRotate",
+			Handler:    _Operator_TrustRotate_Handler,
+		},
+		{
+			MethodName: "TrustRevoke",
+			Handler:    _Operator_TrustRevoke_Handler,
+		},
+		{
+			MethodName: "Withdrawals",
+			Handler:    _Operator_Withdrawals_Handler,
+		},
+		{
+			MethodName: "IssuerRequest",
+			Handler:    _Operator_IssuerRequest_Handler,
+		},
+		{
+			MethodName: "IssuerImport",
+			Handler:    _Operator_IssuerImport_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

@@ -29,6 +29,8 @@ const (
 type RenewRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	CsrDer        []byte                 `protobuf:"bytes,1,opt,name=csr_der,json=csrDer,proto3" json:"csr_der,omitempty"` // PKCS #10; only its public key and signature are used
+	Proxy         string                 `protobuf:"bytes,2,opt,name=proxy,proto3" json:"proxy,omitempty"`                 // name of the process that asks: several may share an ID
+	Application   bool                   `protobuf:"varint,3,opt,name=application,proto3" json:"application,omitempty"`    // for the application behind a sidecar (its SPIFFE Workload API), not for the proxy itself
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -70,6 +72,117 @@ func (x *RenewRequest) GetCsrDer() []byte {
 	return nil
 }
 
+func (x *RenewRequest) GetProxy() string {
+	if x != nil {
+		return x.Proxy
+	}
+	return ""
+}
+
+func (x *RenewRequest) GetApplication() bool {
+	if x != nil {
+		return x.Application
+	}
+	return false
+}
+
+// IssueJWTRequest asks for a JWT-SVID (SPIFFE JWT-SVID, section 3).
+type IssueJWTRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Audience      []string               `protobuf:"bytes,1,rep,name=audience,proto3" json:"audience,omitempty"` // 1 to 16
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTRequest) Reset() {
+	*x = IssueJWTRequest{}
+	mi := &file_proxy_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTRequest) ProtoMessage() {}
+
+func (x *IssueJWTRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTRequest.ProtoReflect.Descriptor instead.
+func (*IssueJWTRequest) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *IssueJWTRequest) GetAudience() []string {
+	if x != nil {
+		return x.Audience
+	}
+	return nil
+}
+
+type IssueJWTResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Token         string                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	NotAfterUnix  int64                  `protobuf:"varint,2,opt,name=not_after_unix,json=notAfterUnix,proto3" json:"not_after_unix,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueJWTResponse) Reset() {
+	*x = IssueJWTResponse{}
+	mi := &file_proxy_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueJWTResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueJWTResponse) ProtoMessage() {}
+
+func (x *IssueJWTResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueJWTResponse.ProtoReflect.Descriptor instead.
+func (*IssueJWTResponse) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *IssueJWTResponse) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *IssueJWTResponse) GetNotAfterUnix() int64 {
+	if x != nil {
+		return x.NotAfterUnix
+	}
+	return 0
+}
+
 type RenewResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ChainDer      [][]byte               `protobuf:"bytes,1,rep,name=chain_der,json=chainDer,proto3" json:"chain_der,omitempty"`       // leaf first, then the issuer
@@ -81,7 +194,7 @@ type RenewResponse struct {
 
 func (x *RenewResponse) Reset() {
 	*x = RenewResponse{}
-	mi := &file_proxy_proto_msgTypes[1]
+	mi := &file_proxy_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -93,7 +206,7 @@ func (x *RenewResponse) String() string {
 func (*RenewResponse) ProtoMessage() {}
 
 func (x *RenewResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[1]
+	mi := &file_proxy_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -106,7 +219,7 @@ func (x *RenewResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewResponse.ProtoReflect.Descriptor instead.
 func (*RenewResponse) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{1}
+	return file_proxy_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *RenewResponse) GetChainDer() [][]byte {
@@ -143,7 +256,7 @@ type RegisterRequest struct {
 
 func (x *RegisterRequest) Reset() {
 	*x = RegisterRequest{}
-	mi := &file_proxy_proto_msgTypes[2]
+	mi := &file_proxy_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -155,7 +268,7 @@ func (x *RegisterRequest) String() string {
 func (*RegisterRequest) ProtoMessage() {}
 
 func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[2]
+	mi := &file_proxy_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -168,7 +281,7 @@ func (x *RegisterRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterRequest.ProtoReflect.Descriptor instead.
 func (*RegisterRequest) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{2}
+	return file_proxy_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RegisterRequest) GetTokenId() string {
@@ -210,7 +323,7 @@ type RegisterResponse struct {
 
 func (x *RegisterResponse) Reset() {
 	*x = RegisterResponse{}
-	mi := &file_proxy_proto_msgTypes[3]
+	mi := &file_proxy_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -222,7 +335,7 @@ func (x *RegisterResponse) String() string {
 func (*RegisterResponse) ProtoMessage() {}
 
 func (x *RegisterResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[3]
+	mi := &file_proxy_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -235,7 +348,7 @@ func (x *RegisterResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterResponse.ProtoReflect.Descriptor instead.
 func (*RegisterResponse) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{3}
+	return file_proxy_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RegisterResponse) GetErrorCode() string {
@@ -321,7 +434,7 @@ type SessionReport struct {
 
 func (x *SessionReport) Reset() {
 	*x = SessionReport{}
-	mi := &file_proxy_proto_msgTypes[4]
+	mi := &file_proxy_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -333,7 +446,7 @@ func (x *SessionReport) String() string {
 func (*SessionReport) ProtoMessage() {}
 
 func (x *SessionReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[4]
+	mi := &file_proxy_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -346,7 +459,7 @@ func (x *SessionReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionReport.ProtoReflect.Descriptor instead.
 func (*SessionReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{4}
+	return file_proxy_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SessionReport) GetHello() *SessionHello {
@@ -397,7 +510,7 @@ type SessionHello struct {
 
 func (x *SessionHello) Reset() {
 	*x = SessionHello{}
-	mi := &file_proxy_proto_msgTypes[5]
+	mi := &file_proxy_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -409,7 +522,7 @@ func (x *SessionHello) String() string {
 func (*SessionHello) ProtoMessage() {}
 
 func (x *SessionHello) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[5]
+	mi := &file_proxy_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -422,7 +535,7 @@ func (x *SessionHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionHello.ProtoReflect.Descriptor instead.
 func (*SessionHello) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{5}
+	return file_proxy_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SessionHello) GetProxy() string {
@@ -469,7 +582,7 @@ type SessionNotice struct {
 
 func (x *SessionNotice) Reset() {
 	*x = SessionNotice{}
-	mi := &file_proxy_proto_msgTypes[6]
+	mi := &file_proxy_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -481,7 +594,7 @@ func (x *SessionNotice) String() string {
 func (*SessionNotice) ProtoMessage() {}
 
 func (x *SessionNotice) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[6]
+	mi := &file_proxy_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -494,7 +607,7 @@ func (x *SessionNotice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionNotice.ProtoReflect.Descriptor instead.
 func (*SessionNotice) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{6}
+	return file_proxy_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *SessionNotice) GetNotice() string {
@@ -516,7 +629,7 @@ type SessionsSnapshot struct {
 
 func (x *SessionsSnapshot) Reset() {
 	*x = SessionsSnapshot{}
-	mi := &file_proxy_proto_msgTypes[7]
+	mi := &file_proxy_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -528,7 +641,7 @@ func (x *SessionsSnapshot) String() string {
 func (*SessionsSnapshot) ProtoMessage() {}
 
 func (x *SessionsSnapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[7]
+	mi := &file_proxy_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -541,7 +654,7 @@ func (x *SessionsSnapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionsSnapshot.ProtoReflect.Descriptor instead.
 func (*SessionsSnapshot) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{7}
+	return file_proxy_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *SessionsSnapshot) GetFormat() uint32 {
@@ -577,7 +690,7 @@ type SessionRecord struct {
 
 func (x *SessionRecord) Reset() {
 	*x = SessionRecord{}
-	mi := &file_proxy_proto_msgTypes[8]
+	mi := &file_proxy_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -589,7 +702,7 @@ func (x *SessionRecord) String() string {
 func (*SessionRecord) ProtoMessage() {}
 
 func (x *SessionRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[8]
+	mi := &file_proxy_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -602,7 +715,7 @@ func (x *SessionRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SessionRecord.ProtoReflect.Descriptor instead.
 func (*SessionRecord) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{8}
+	return file_proxy_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *SessionRecord) GetLast() *SessionReport {
@@ -655,7 +768,7 @@ type DecisionReport struct {
 
 func (x *DecisionReport) Reset() {
 	*x = DecisionReport{}
-	mi := &file_proxy_proto_msgTypes[9]
+	mi := &file_proxy_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +780,7 @@ func (x *DecisionReport) String() string {
 func (*DecisionReport) ProtoMessage() {}
 
 func (x *DecisionReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[9]
+	mi := &file_proxy_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +793,7 @@ func (x *DecisionReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DecisionReport.ProtoReflect.Descriptor instead.
 func (*DecisionReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{9}
+	return file_proxy_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DecisionReport) GetService() *ServiceRef {
@@ -784,7 +897,7 @@ type TierReport struct {
 
 func (x *TierReport) Reset() {
 	*x = TierReport{}
-	mi := &file_proxy_proto_msgTypes[10]
+	mi := &file_proxy_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +909,7 @@ func (x *TierReport) String() string {
 func (*TierReport) ProtoMessage() {}
 
 func (x *TierReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[10]
+	mi := &file_proxy_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +922,7 @@ func (x *TierReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TierReport.ProtoReflect.Descriptor instead.
 func (*TierReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{10}
+	return file_proxy_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TierReport) GetTier() int32 {
@@ -841,7 +954,7 @@ type MemberReport struct {
 
 func (x *MemberReport) Reset() {
 	*x = MemberReport{}
-	mi := &file_proxy_proto_msgTypes[11]
+	mi := &file_proxy_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -853,7 +966,7 @@ func (x *MemberReport) String() string {
 func (*MemberReport) ProtoMessage() {}
 
 func (x *MemberReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[11]
+	mi := &file_proxy_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -866,7 +979,7 @@ func (x *MemberReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MemberReport.ProtoReflect.Descriptor instead.
 func (*MemberReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{11}
+	return file_proxy_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *MemberReport) GetCluster() string {
@@ -930,7 +1043,7 @@ type EjectionReport struct {
 
 func (x *EjectionReport) Reset() {
 	*x = EjectionReport{}
-	mi := &file_proxy_proto_msgTypes[12]
+	mi := &file_proxy_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1055,7 @@ func (x *EjectionReport) String() string {
 func (*EjectionReport) ProtoMessage() {}
 
 func (x *EjectionReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[12]
+	mi := &file_proxy_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1068,7 @@ func (x *EjectionReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EjectionReport.ProtoReflect.Descriptor instead.
 func (*EjectionReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{12}
+	return file_proxy_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *EjectionReport) GetCluster() string {
@@ -1003,7 +1116,7 @@ type GatewayMessage struct {
 
 func (x *GatewayMessage) Reset() {
 	*x = GatewayMessage{}
-	mi := &file_proxy_proto_msgTypes[13]
+	mi := &file_proxy_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1015,7 +1128,7 @@ func (x *GatewayMessage) String() string {
 func (*GatewayMessage) ProtoMessage() {}
 
 func (x *GatewayMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[13]
+	mi := &file_proxy_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1028,7 +1141,7 @@ func (x *GatewayMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatewayMessage.ProtoReflect.Descriptor instead.
 func (*GatewayMessage) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{13}
+	return file_proxy_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GatewayMessage) GetMessage() isGatewayMessage_Message {
@@ -1150,7 +1263,7 @@ type ControlMessage struct {
 
 func (x *ControlMessage) Reset() {
 	*x = ControlMessage{}
-	mi := &file_proxy_proto_msgTypes[14]
+	mi := &file_proxy_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1162,7 +1275,7 @@ func (x *ControlMessage) String() string {
 func (*ControlMessage) ProtoMessage() {}
 
 func (x *ControlMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[14]
+	mi := &file_proxy_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1175,7 +1288,7 @@ func (x *ControlMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ControlMessage.ProtoReflect.Descriptor instead.
 func (*ControlMessage) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{14}
+	return file_proxy_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ControlMessage) GetMessage() isControlMessage_Message {
@@ -1307,7 +1420,7 @@ type GatewayHello struct {
 
 func (x *GatewayHello) Reset() {
 	*x = GatewayHello{}
-	mi := &file_proxy_proto_msgTypes[15]
+	mi := &file_proxy_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +1432,7 @@ func (x *GatewayHello) String() string {
 func (*GatewayHello) ProtoMessage() {}
 
 func (x *GatewayHello) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[15]
+	mi := &file_proxy_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +1445,7 @@ func (x *GatewayHello) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatewayHello.ProtoReflect.Descriptor instead.
 func (*GatewayHello) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{15}
+	return file_proxy_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GatewayHello) GetName() string {
@@ -1380,7 +1493,7 @@ type TunnelsReport struct {
 
 func (x *TunnelsReport) Reset() {
 	*x = TunnelsReport{}
-	mi := &file_proxy_proto_msgTypes[16]
+	mi := &file_proxy_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1392,7 +1505,7 @@ func (x *TunnelsReport) String() string {
 func (*TunnelsReport) ProtoMessage() {}
 
 func (x *TunnelsReport) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[16]
+	mi := &file_proxy_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1405,7 +1518,7 @@ func (x *TunnelsReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TunnelsReport.ProtoReflect.Descriptor instead.
 func (*TunnelsReport) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{16}
+	return file_proxy_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *TunnelsReport) GetTunnels() []*Tunnel {
@@ -1437,7 +1550,7 @@ type Tunnel struct {
 
 func (x *Tunnel) Reset() {
 	*x = Tunnel{}
-	mi := &file_proxy_proto_msgTypes[17]
+	mi := &file_proxy_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1449,7 +1562,7 @@ func (x *Tunnel) String() string {
 func (*Tunnel) ProtoMessage() {}
 
 func (x *Tunnel) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[17]
+	mi := &file_proxy_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1462,7 +1575,7 @@ func (x *Tunnel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tunnel.ProtoReflect.Descriptor instead.
 func (*Tunnel) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{17}
+	return file_proxy_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Tunnel) GetPeerTrustDomain() string {
@@ -1575,7 +1688,7 @@ type SignedHead struct {
 
 func (x *SignedHead) Reset() {
 	*x = SignedHead{}
-	mi := &file_proxy_proto_msgTypes[18]
+	mi := &file_proxy_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1587,7 +1700,7 @@ func (x *SignedHead) String() string {
 func (*SignedHead) ProtoMessage() {}
 
 func (x *SignedHead) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[18]
+	mi := &file_proxy_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1600,7 +1713,7 @@ func (x *SignedHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignedHead.ProtoReflect.Descriptor instead.
 func (*SignedHead) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{18}
+	return file_proxy_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SignedHead) GetHead() []byte {
@@ -1626,17 +1739,17 @@ func (x *SignedHead) GetChainDer() [][]byte {
 
 type CatalogEntry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`          // "svc/<ns>/<name>" or "gw/<name>"
+	Key           string                 `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`          // "svc/<ns>/<name>", "gw/<name>", "bundle", "seen" or "deny/<path>"
 	Version       uint64                 `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"` // seq at which it last changed
 	Deleted       bool                   `protobuf:"varint,3,opt,name=deleted,proto3" json:"deleted,omitempty"` // tombstone
-	Body          []byte                 `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`        // CatalogService or GatewayRecord, deterministic encoding
+	Body          []byte                 `protobuf:"bytes,4,opt,name=body,proto3" json:"body,omitempty"`        // CatalogService, GatewayRecord, TrustBundle, BundleSeen or DeniedIdentity, deterministic encoding
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CatalogEntry) Reset() {
 	*x = CatalogEntry{}
-	mi := &file_proxy_proto_msgTypes[19]
+	mi := &file_proxy_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1648,7 +1761,7 @@ func (x *CatalogEntry) String() string {
 func (*CatalogEntry) ProtoMessage() {}
 
 func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[19]
+	mi := &file_proxy_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1661,7 +1774,7 @@ func (x *CatalogEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogEntry.ProtoReflect.Descriptor instead.
 func (*CatalogEntry) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{19}
+	return file_proxy_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CatalogEntry) GetKey() string {
@@ -1708,7 +1821,7 @@ type CatalogService struct {
 
 func (x *CatalogService) Reset() {
 	*x = CatalogService{}
-	mi := &file_proxy_proto_msgTypes[20]
+	mi := &file_proxy_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1833,7 @@ func (x *CatalogService) String() string {
 func (*CatalogService) ProtoMessage() {}
 
 func (x *CatalogService) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[20]
+	mi := &file_proxy_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1846,7 @@ func (x *CatalogService) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogService.ProtoReflect.Descriptor instead.
 func (*CatalogService) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{20}
+	return file_proxy_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CatalogService) GetService() *ServiceRef {
@@ -1785,6 +1898,165 @@ func (x *CatalogService) GetExportId() string {
 	return ""
 }
 
+// TrustBundle is the entry "bundle" of a catalog: the origin's own trust bundle.
+type TrustBundle struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Jwks          []byte                 `protobuf:"bytes,1,opt,name=jwks,proto3" json:"jwks,omitempty"`
+	Sequence      uint64                 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TrustBundle) Reset() {
+	*x = TrustBundle{}
+	mi := &file_proxy_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustBundle) ProtoMessage() {}
+
+func (x *TrustBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
+func (*TrustBundle) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *TrustBundle) GetJwks() []byte {
+	if x != nil {
+		return x.Jwks
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+// BundleSeen is the entry "seen" of a catalog: which bundle of the consumer every live proxy of the origin has acknowledged.
+type BundleSeen struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sequence      uint64                 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Sha256        []byte                 `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BundleSeen) Reset() {
+	*x = BundleSeen{}
+	mi := &file_proxy_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BundleSeen) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BundleSeen) ProtoMessage() {}
+
+func (x *BundleSeen) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BundleSeen.ProtoReflect.Descriptor instead.
+func (*BundleSeen) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *BundleSeen) GetSequence() uint64 {
+	if x != nil {
+		return x.Sequence
+	}
+	return 0
+}
+
+func (x *BundleSeen) GetSha256() []byte {
+	if x != nil {
+		return x.Sha256
+	}
+	return nil
+}
+
+// DeniedIdentity is the entry "deny/<path of the SPIFFE ID>": the origin withdrew this identity of its own trust domain.
+type DeniedIdentity struct {
+	state          protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId       string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	IssuedBeforeMs int64                  `protobuf:"varint,2,opt,name=issued_before_ms,json=issuedBeforeMs,proto3" json:"issued_before_ms,omitempty"` // as in Denied
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *DeniedIdentity) Reset() {
+	*x = DeniedIdentity{}
+	mi := &file_proxy_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeniedIdentity) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeniedIdentity) ProtoMessage() {}
+
+func (x *DeniedIdentity) ProtoReflect() protoreflect.Message {
+	mi := &file_proxy_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeniedIdentity.ProtoReflect.Descriptor instead.
+func (*DeniedIdentity) Descriptor() ([]byte, []int) {
+	return file_proxy_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *DeniedIdentity) GetSpiffeId() string {
+	if x != nil {
+		return x.SpiffeId
+	}
+	return ""
+}
+
+func (x *DeniedIdentity) GetIssuedBeforeMs() int64 {
+	if x != nil {
+		return x.IssuedBeforeMs
+	}
+	return 0
+}
+
 // Offer is what a consumer may see, pushed by the origin's control plane to its gateways, which serve it on.
 type Offer struct {
 	state               protoimpl.MessageState `protogen:"open.v1"`
@@ -1797,7 +2069,7 @@ type Offer struct {
 
 func (x *Offer) Reset() {
 	*x = Offer{}
-	mi := &file_proxy_proto_msgTypes[21]
+	mi := &file_proxy_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +2081,7 @@ func (x *Offer) String() string {
 func (*Offer) ProtoMessage() {}
 
 func (x *Offer) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[21]
+	mi := &file_proxy_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +2094,7 @@ func (x *Offer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Offer.ProtoReflect.Descriptor instead.
 func (*Offer) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{21}
+	return file_proxy_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Offer) GetConsumerTrustDomain() string {
@@ -1860,7 +2132,7 @@ type CatalogUpdate struct {
 
 func (x *CatalogUpdate) Reset() {
 	*x = CatalogUpdate{}
-	mi := &file_proxy_proto_msgTypes[22]
+	mi := &file_proxy_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1872,7 +2144,7 @@ func (x *CatalogUpdate) String() string {
 func (*CatalogUpdate) ProtoMessage() {}
 
 func (x *CatalogUpdate) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[22]
+	mi := &file_proxy_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1885,7 +2157,7 @@ func (x *CatalogUpdate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogUpdate.ProtoReflect.Descriptor instead.
 func (*CatalogUpdate) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{22}
+	return file_proxy_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *CatalogUpdate) GetHead() *SignedHead {
@@ -1936,7 +2208,7 @@ type CatalogMark struct {
 
 func (x *CatalogMark) Reset() {
 	*x = CatalogMark{}
-	mi := &file_proxy_proto_msgTypes[23]
+	mi := &file_proxy_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1948,7 +2220,7 @@ func (x *CatalogMark) String() string {
 func (*CatalogMark) ProtoMessage() {}
 
 func (x *CatalogMark) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[23]
+	mi := &file_proxy_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1961,7 +2233,7 @@ func (x *CatalogMark) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogMark.ProtoReflect.Descriptor instead.
 func (*CatalogMark) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{23}
+	return file_proxy_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CatalogMark) GetOriginTrustDomain() string {
@@ -2002,7 +2274,7 @@ type PeerCatalog struct {
 
 func (x *PeerCatalog) Reset() {
 	*x = PeerCatalog{}
-	mi := &file_proxy_proto_msgTypes[24]
+	mi := &file_proxy_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2014,7 +2286,7 @@ func (x *PeerCatalog) String() string {
 func (*PeerCatalog) ProtoMessage() {}
 
 func (x *PeerCatalog) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[24]
+	mi := &file_proxy_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2027,7 +2299,7 @@ func (x *PeerCatalog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PeerCatalog.ProtoReflect.Descriptor instead.
 func (*PeerCatalog) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{24}
+	return file_proxy_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *PeerCatalog) GetOriginTrustDomain() string {
@@ -2058,7 +2330,7 @@ type Query struct {
 
 func (x *Query) Reset() {
 	*x = Query{}
-	mi := &file_proxy_proto_msgTypes[25]
+	mi := &file_proxy_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2342,7 @@ func (x *Query) String() string {
 func (*Query) ProtoMessage() {}
 
 func (x *Query) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[25]
+	mi := &file_proxy_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2355,7 @@ func (x *Query) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Query.ProtoReflect.Descriptor instead.
 func (*Query) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{25}
+	return file_proxy_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *Query) GetId() uint64 {
@@ -2135,7 +2407,7 @@ type Answer struct {
 
 func (x *Answer) Reset() {
 	*x = Answer{}
-	mi := &file_proxy_proto_msgTypes[26]
+	mi := &file_proxy_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2419,7 @@ func (x *Answer) String() string {
 func (*Answer) ProtoMessage() {}
 
 func (x *Answer) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[26]
+	mi := &file_proxy_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2432,7 @@ func (x *Answer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Answer.ProtoReflect.Descriptor instead.
 func (*Answer) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{26}
+	return file_proxy_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Answer) GetId() uint64 {
@@ -2219,7 +2491,7 @@ type JoinDial struct {
 
 func (x *JoinDial) Reset() {
 	*x = JoinDial{}
-	mi := &file_proxy_proto_msgTypes[27]
+	mi := &file_proxy_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2503,7 @@ func (x *JoinDial) String() string {
 func (*JoinDial) ProtoMessage() {}
 
 func (x *JoinDial) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[27]
+	mi := &file_proxy_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2516,7 @@ func (x *JoinDial) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinDial.ProtoReflect.Descriptor instead.
 func (*JoinDial) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{27}
+	return file_proxy_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *JoinDial) GetId() uint64 {
@@ -2298,7 +2570,7 @@ type JoinFrame struct {
 
 func (x *JoinFrame) Reset() {
 	*x = JoinFrame{}
-	mi := &file_proxy_proto_msgTypes[28]
+	mi := &file_proxy_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2310,7 +2582,7 @@ func (x *JoinFrame) String() string {
 func (*JoinFrame) ProtoMessage() {}
 
 func (x *JoinFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[28]
+	mi := &file_proxy_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2323,7 +2595,7 @@ func (x *JoinFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinFrame.ProtoReflect.Descriptor instead.
 func (*JoinFrame) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{28}
+	return file_proxy_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *JoinFrame) GetId() uint64 {
@@ -2392,7 +2664,7 @@ type JoinOpened struct {
 
 func (x *JoinOpened) Reset() {
 	*x = JoinOpened{}
-	mi := &file_proxy_proto_msgTypes[29]
+	mi := &file_proxy_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2404,7 +2676,7 @@ func (x *JoinOpened) String() string {
 func (*JoinOpened) ProtoMessage() {}
 
 func (x *JoinOpened) ProtoReflect() protoreflect.Message {
-	mi := &file_proxy_proto_msgTypes[29]
+	mi := &file_proxy_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2417,7 +2689,7 @@ func (x *JoinOpened) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinOpened.ProtoReflect.Descriptor instead.
 func (*JoinOpened) Descriptor() ([]byte, []int) {
-	return file_proxy_proto_rawDescGZIP(), []int{29}
+	return file_proxy_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *JoinOpened) GetExporter() []byte {
@@ -2487,9 +2759,16 @@ var File_proxy_proto protoreflect.FileDescriptor
 
 const file_proxy_proto_rawDesc = "" +
 	"\n" +
-	"\vproxy.proto\x12\tstrait.v1\x1a\x0fresources.proto\"'\n" +
+	"\vproxy.proto\x12\tstrait.v1\x1a\x0fresources.proto\"_\n" +
 	"\fRenewRequest\x12\x17\n" +
-	"\acsr_der\x18\x01 \x01(\fR\x06csrDer\"s\n" +
+	"\acsr_der\x18\x01 \x01(\fR\x06csrDer\x12\x14\n" +
+	"\x05proxy\x18\x02 \x01(\tR\x05proxy\x12 \n" +
+	"\vapplication\x18\x03 \x01(\bR\vapplication\"-\n" +
+	"\x0fIssueJWTRequest\x12\x1a\n" +
+	"\baudience\x18\x01 \x03(\tR\baudience\"N\n" +
+	"\x10IssueJWTResponse\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12$\n" +
+	"\x0enot_after_unix\x18\x02 \x01(\x03R\fnotAfterUnix\"s\n" +
 	"\rRenewResponse\x12\x1b\n" +
 	"\tchain_der\x18\x01 \x03(\fR\bchainDer\x12\x1f\n" +
 	"\vbundle_jwks\x18\x02 \x01(\fR\n" +
@@ -2640,7 +2919,17 @@ const file_proxy_proto_rawDesc = "" +
 	"\n" +
 	"ZonesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12-\n" +
-	"\x05value\x18\x02 \x01(\v2\x17.strait.v1.HealthCountsR\x05value:\x028\x01\"\x8b\x01\n" +
+	"\x05value\x18\x02 \x01(\v2\x17.strait.v1.HealthCountsR\x05value:\x028\x01\"=\n" +
+	"\vTrustBundle\x12\x12\n" +
+	"\x04jwks\x18\x01 \x01(\fR\x04jwks\x12\x1a\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"@\n" +
+	"\n" +
+	"BundleSeen\x12\x1a\n" +
+	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x16\n" +
+	"\x06sha256\x18\x02 \x01(\fR\x06sha256\"W\n" +
+	"\x0eDeniedIdentity\x12\x1b\n" +
+	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12(\n" +
+	"\x10issued_before_ms\x18\x02 \x01(\x03R\x0eissuedBeforeMs\"\x8b\x01\n" +
 	"\x05Offer\x122\n" +
 	"\x15consumer_trust_domain\x18\x01 \x01(\tR\x13consumerTrustDomain\x120\n" +
 	"\x06update\x18\x02 \x01(\v2\x18.strait.v1.CatalogUpdateR\x06update\x12\x1c\n" +
@@ -2703,9 +2992,10 @@ const file_proxy_proto_rawDesc = "" +
 	"\x10peer_bundle_jwks\x18\x06 \x01(\fR\x0epeerBundleJwks\x12\x10\n" +
 	"\x03mtu\x18\a \x01(\rR\x03mtu\x12\x15\n" +
 	"\x06udp_ok\x18\b \x01(\bR\x05udpOk\x12\x15\n" +
-	"\x06tcp_ok\x18\t \x01(\bR\x05tcpOk2F\n" +
+	"\x06tcp_ok\x18\t \x01(\bR\x05tcpOk2\x8b\x01\n" +
 	"\bIdentity\x12:\n" +
-	"\x05Renew\x12\x17.strait.v1.RenewRequest\x1a\x18.strait.v1.RenewResponse2L\n" +
+	"\x05Renew\x12\x17.strait.v1.RenewRequest\x1a\x18.strait.v1.RenewResponse\x12C\n" +
+	"\bIssueJWT\x12\x1a.strait.v1.IssueJWTRequest\x1a\x1b.strait.v1.IssueJWTResponse2L\n" +
 	"\bSessions\x12@\n" +
 	"\x06Report\x12\x18.strait.v1.SessionReport\x1a\x18.strait.v1.SessionNotice(\x010\x012L\n" +
 	"\bGateways\x12@\n" +
@@ -2723,89 +3013,96 @@ func file_proxy_proto_rawDescGZIP() []byte {
 	return file_proxy_proto_rawDescData
 }
 
-var file_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 31)
+var file_proxy_proto_msgTypes = make([]protoimpl.MessageInfo, 36)
 var file_proxy_proto_goTypes = []any{
 	(*RenewRequest)(nil),     // 0: strait.v1.RenewRequest
-	(*RenewResponse)(nil),    // 1: strait.v1.RenewResponse
-	(*RegisterRequest)(nil),  // 2: strait.v1.RegisterRequest
-	(*RegisterResponse)(nil), // 3: strait.v1.RegisterResponse
-	(*SessionReport)(nil),    // 4: strait.v1.SessionReport
-	(*SessionHello)(nil),     // 5: strait.v1.SessionHello
-	(*SessionNotice)(nil),    // 6: strait.v1.SessionNotice
-	(*SessionsSnapshot)(nil), // 7: strait.v1.SessionsSnapshot
-	(*SessionRecord)(nil),    // 8: strait.v1.SessionRecord
-	(*DecisionReport)(nil),   // 9: strait.v1.DecisionReport
-	(*TierReport)(nil),       // 10: strait.v1.TierReport
-	(*MemberReport)(nil),     // 11: strait.v1.MemberReport
-	(*EjectionReport)(nil),   // 12: strait.v1.EjectionReport
-	(*GatewayMessage)(nil),   // 13: strait.v1.GatewayMessage
-	(*ControlMessage)(nil),   // 14: strait.v1.ControlMessage
-	(*GatewayHello)(nil),     // 15: strait.v1.GatewayHello
-	(*TunnelsReport)(nil),    // 16: strait.v1.TunnelsReport
-	(*Tunnel)(nil),           // 17: strait.v1.Tunnel
-	(*SignedHead)(nil),       // 18: strait.v1.SignedHead
-	(*CatalogEntry)(nil),     // 19: strait.v1.CatalogEntry
-	(*CatalogService)(nil),   // 20: strait.v1.CatalogService
-	(*Offer)(nil),            // 21: strait.v1.Offer
-	(*CatalogUpdate)(nil),    // 22: strait.v1.CatalogUpdate
-	(*CatalogMark)(nil),      // 23: strait.v1.CatalogMark
-	(*PeerCatalog)(nil),      // 24: strait.v1.PeerCatalog
-	(*Query)(nil),            // 25: strait.v1.Query
-	(*Answer)(nil),           // 26: strait.v1.Answer
-	(*JoinDial)(nil),         // 27: strait.v1.JoinDial
-	(*JoinFrame)(nil),        // 28: strait.v1.JoinFrame
-	(*JoinOpened)(nil),       // 29: strait.v1.JoinOpened
-	nil,                      // 30: strait.v1.CatalogService.ZonesEntry
-	(*Locality)(nil),         // 31: strait.v1.Locality
-	(*InstanceHealth)(nil),   // 32: strait.v1.InstanceHealth
-	(*ServiceRef)(nil),       // 33: strait.v1.ServiceRef
-	(*ServicePort)(nil),      // 34: strait.v1.ServicePort
-	(*OwnerLimits)(nil),      // 35: strait.v1.OwnerLimits
-	(*HealthCounts)(nil),     // 36: strait.v1.HealthCounts
+	(*IssueJWTRequest)(nil),  // 1: strait.v1.IssueJWTRequest
+	(*IssueJWTResponse)(nil), // 2: strait.v1.IssueJWTResponse
+	(*RenewResponse)(nil),    // 3: strait.v1.RenewResponse
+	(*RegisterRequest)(nil),  // 4: strait.v1.RegisterRequest
+	(*RegisterResponse)(nil), // 5: strait.v1.RegisterResponse
+	(*SessionReport)(nil),    // 6: strait.v1.SessionReport
+	(*SessionHello)(nil),     // 7: strait.v1.SessionHello
+	(*SessionNotice)(nil),    // 8: strait.v1.SessionNotice
+	(*SessionsSnapshot)(nil), // 9: strait.v1.SessionsSnapshot
+	(*SessionRecord)(nil),    // 10: strait.v1.SessionRecord
+	(*DecisionReport)(nil),   // 11: strait.v1.DecisionReport
+	(*TierReport)(nil),       // 12: strait.v1.TierReport
+	(*MemberReport)(nil),     // 13: strait.v1.MemberReport
+	(*EjectionReport)(nil),   // 14: strait.v1.EjectionReport
+	(*GatewayMessage)(nil),   // 15: strait.v1.GatewayMessage
+	(*ControlMessage)(nil),   // 16: strait.v1.ControlMessage
+	(*GatewayHello)(nil),     // 17: strait.v1.GatewayHello
+	(*TunnelsReport)(nil),    // 18: strait.v1.TunnelsReport
+	(*Tunnel)(nil),           // 19: strait.v1.Tunnel
+	(*SignedHead)(nil),       // 20: strait.v1.SignedHead
+	(*CatalogEntry)(nil),     // 21: strait.v1.CatalogEntry
+	(*CatalogService)(nil),   // 22: strait.v1.CatalogService
+	(*TrustBundle)(nil),      // 23: strait.v1.TrustBundle
+	(*BundleSeen)(nil),       // 24: strait.v1.BundleSeen
+	(*DeniedIdentity)(nil),   // 25: strait.v1.DeniedIdentity
+	(*Offer)(nil),            // 26: strait.v1.Offer
+	(*CatalogUpdate)(nil),    // 27: strait.v1.CatalogUpdate
+	(*CatalogMark)(nil),      // 28: strait.v1.CatalogMark
+	(*PeerCatalog)(nil),      // 29: strait.v1.PeerCatalog
+	(*Query)(nil),            // 30: strait.v1.Query
+	(*Answer)(nil),           // 31: strait.v1.Answer
+	(*JoinDial)(nil),         // 32: strait.v1.JoinDial
+	(*JoinFrame)(nil),        // 33: strait.v1.JoinFrame
+	(*JoinOpened)(nil),       // 34: strait.v1.JoinOpened
+	nil,                      // 35: strait.v1.CatalogService.ZonesEntry
+	(*Locality)(nil),         // 36: strait.v1.Locality
+	(*InstanceHealth)(nil),   // 37: strait.v1.InstanceHealth
+	(*ServiceRef)(nil),       // 38: strait.v1.ServiceRef
+	(*ServicePort)(nil),      // 39: strait.v1.ServicePort
+	(*OwnerLimits)(nil),      // 40: strait.v1.OwnerLimits
+	(*HealthCounts)(nil),     // 41: strait.v1.HealthCounts
 }
 var file_proxy_proto_depIdxs = []int32{
-	31, // 0: strait.v1.RegisterResponse.locality:type_name -> strait.v1.Locality
-	5,  // 1: strait.v1.SessionReport.hello:type_name -> strait.v1.SessionHello
-	32, // 2: strait.v1.SessionReport.instances:type_name -> strait.v1.InstanceHealth
-	9,  // 3: strait.v1.SessionReport.decisions:type_name -> strait.v1.DecisionReport
-	31, // 4: strait.v1.SessionHello.locality:type_name -> strait.v1.Locality
-	8,  // 5: strait.v1.SessionsSnapshot.sessions:type_name -> strait.v1.SessionRecord
-	4,  // 6: strait.v1.SessionRecord.last:type_name -> strait.v1.SessionReport
-	33, // 7: strait.v1.DecisionReport.service:type_name -> strait.v1.ServiceRef
-	10, // 8: strait.v1.DecisionReport.tiers:type_name -> strait.v1.TierReport
-	12, // 9: strait.v1.DecisionReport.ejections:type_name -> strait.v1.EjectionReport
-	11, // 10: strait.v1.TierReport.members:type_name -> strait.v1.MemberReport
-	15, // 11: strait.v1.GatewayMessage.hello:type_name -> strait.v1.GatewayHello
-	16, // 12: strait.v1.GatewayMessage.tunnels:type_name -> strait.v1.TunnelsReport
-	24, // 13: strait.v1.GatewayMessage.catalog:type_name -> strait.v1.PeerCatalog
-	25, // 14: strait.v1.GatewayMessage.query:type_name -> strait.v1.Query
-	26, // 15: strait.v1.GatewayMessage.answer:type_name -> strait.v1.Answer
-	28, // 16: strait.v1.GatewayMessage.join:type_name -> strait.v1.JoinFrame
-	21, // 17: strait.v1.ControlMessage.offer:type_name -> strait.v1.Offer
-	25, // 18: strait.v1.ControlMessage.query:type_name -> strait.v1.Query
-	26, // 19: strait.v1.ControlMessage.answer:type_name -> strait.v1.Answer
-	27, // 20: strait.v1.ControlMessage.join_dial:type_name -> strait.v1.JoinDial
-	28, // 21: strait.v1.ControlMessage.join:type_name -> strait.v1.JoinFrame
-	23, // 22: strait.v1.ControlMessage.mark:type_name -> strait.v1.CatalogMark
-	17, // 23: strait.v1.TunnelsReport.tunnels:type_name -> strait.v1.Tunnel
-	33, // 24: strait.v1.CatalogService.service:type_name -> strait.v1.ServiceRef
-	34, // 25: strait.v1.CatalogService.ports:type_name -> strait.v1.ServicePort
-	30, // 26: strait.v1.CatalogService.zones:type_name -> strait.v1.CatalogService.ZonesEntry
-	35, // 27: strait.v1.CatalogService.limits:type_name -> strait.v1.OwnerLimits
-	22, // 28: strait.v1.Offer.update:type_name -> strait.v1.CatalogUpdate
-	18, // 29: strait.v1.CatalogUpdate.head:type_name -> strait.v1.SignedHead
-	19, // 30: strait.v1.CatalogUpdate.entries:type_name -> strait.v1.CatalogEntry
-	22, // 31: strait.v1.PeerCatalog.update:type_name -> strait.v1.CatalogUpdate
-	29, // 32: strait.v1.JoinFrame.opened:type_name -> strait.v1.JoinOpened
-	36, // 33: strait.v1.CatalogService.ZonesEntry.value:type_name -> strait.v1.HealthCounts
+	36, // 0: strait.v1.RegisterResponse.locality:type_name -> strait.v1.Locality
+	7,  // 1: strait.v1.SessionReport.hello:type_name -> strait.v1.SessionHello
+	37, // 2: strait.v1.SessionReport.instances:type_name -> strait.v1.InstanceHealth
+	11, // 3: strait.v1.SessionReport.decisions:type_name -> strait.v1.DecisionReport
+	36, // 4: strait.v1.SessionHello.locality:type_name -> strait.v1.Locality
+	10, // 5: strait.v1.SessionsSnapshot.sessions:type_name -> strait.v1.SessionRecord
+	6,  // 6: strait.v1.SessionRecord.last:type_name -> strait.v1.SessionReport
+	38, // 7: strait.v1.DecisionReport.service:type_name -> strait.v1.ServiceRef
+	12, // 8: strait.v1.DecisionReport.tiers:type_name -> strait.v1.TierReport
+	14, // 9: strait.v1.DecisionReport.ejections:type_name -> strait.v1.EjectionReport
+	13, // 10: strait.v1.TierReport.members:type_name -> strait.v1.MemberReport
+	17, // 11: strait.v1.GatewayMessage.hello:type_name -> strait.v1.GatewayHello
+	18, // 12: strait.v1.GatewayMessage.tunnels:type_name -> strait.v1.TunnelsReport
+	29, // 13: strait.v1.GatewayMessage.catalog:type_name -> strait.v1.PeerCatalog
+	30, // 14: strait.v1.GatewayMessage.query:type_name -> strait.v1.Query
+	31, // 15: strait.v1.GatewayMessage.answer:type_name -> strait.v1.Answer
+	33, // 16: strait.v1.GatewayMessage.join:type_name -> strait.v1.JoinFrame
+	26, // 17: strait.v1.ControlMessage.offer:type_name -> strait.v1.Offer
+	30, // 18: strait.v1.ControlMessage.query:type_name -> strait.v1.Query
+	31, // 19: strait.v1.ControlMessage.answer:type_name -> strait.v1.Answer
+	32, // 20: strait.v1.ControlMessage.join_dial:type_name -> strait.v1.JoinDial
+	33, // 21: strait.v1.ControlMessage.join:type_name -> strait.v1.JoinFrame
+	28, // 22: strait.v1.ControlMessage.mark:type_name -> strait.v1.CatalogMark
+	19, // 23: strait.v1.TunnelsReport.tunnels:type_name -> strait.v1.Tunnel
+	38, // 24: strait.v1.CatalogService.service:type_name -> strait.v1.ServiceRef
+	39, // 25: strait.v1.CatalogService.ports:type_name -> strait.v1.ServicePort
+	35, // 26: strait.v1.CatalogService.zones:type_name -> strait.v1.CatalogService.ZonesEntry
+	40, // 27: strait.v1.CatalogService.limits:type_name -> strait.v1.OwnerLimits
+	27, // 28: strait.v1.Offer.update:type_name -> strait.v1.CatalogUpdate
+	20, // 29: strait.v1.CatalogUpdate.head:type_name -> strait.v1.SignedHead
+	21, // 30: strait.v1.CatalogUpdate.entries:type_name -> strait.v1.CatalogEntry
+	27, // 31: strait.v1.PeerCatalog.update:type_name -> strait.v1.CatalogUpdate
+	34, // 32: strait.v1.JoinFrame.opened:type_name -> strait.v1.JoinOpened
+	41, // 33: strait.v1.CatalogService.ZonesEntry.value:type_name -> strait.v1.HealthCounts
 	0,  // 34: strait.v1.Identity.Renew:input_type -> strait.v1.RenewRequest
-	4,  // 35: strait.v1.Sessions.Report:input_type -> strait.v1.SessionReport
-	13, // 36: strait.v1.Gateways.Link:input_type -> strait.v1.GatewayMessage
-	1,  // 37: strait.v1.Identity.Renew:output_type -> strait.v1.RenewResponse
-	6,  // 38: strait.v1.Sessions.Report:output_type -> strait.v1.SessionNotice
-	14, // 39: strait.v1.Gateways.Link:output_type -> strait.v1.ControlMessage
-	37, // [37:40] is the sub-list for method output_type
-	34, // [34:37] is the sub-list for method input_type
+	1,  // 35: strait.v1.Identity.IssueJWT:input_type -> strait.v1.IssueJWTRequest
+	6,  // 36: strait.v1.Sessions.Report:input_type -> strait.v1.SessionReport
+	15, // 37: strait.v1.Gateways.Link:input_type -> strait.v1.GatewayMessage
+	3,  // 38: strait.v1.Identity.Renew:output_type -> strait.v1.RenewResponse
+	2,  // 39: strait.v1.Identity.IssueJWT:output_type -> strait.v1.IssueJWTResponse
+	8,  // 40: strait.v1.Sessions.Report:output_type -> strait.v1.SessionNotice
+	16, // 41: strait.v1.Gateways.Link:output_type -> strait.v1.ControlMessage
+	38, // [38:42] is the sub-list for method output_type
+	34, // [34:38] is the sub-list for method input_type
 	34, // [34:34] is the sub-list for extension type_name
 	34, // [34:34] is the sub-list for extension extendee
 	0,  // [0:34] is the sub-list for field type_name
@@ -2817,7 +3114,7 @@ func file_proxy_proto_init() {
 		return
 	}
 	file_resources_proto_init()
-	file_proxy_proto_msgTypes[13].OneofWrappers = []any{
+	file_proxy_proto_msgTypes[15].OneofWrappers = []any{
 		(*GatewayMessage_Hello)(nil),
 		(*GatewayMessage_Tunnels)(nil),
 		(*GatewayMessage_Catalog)(nil),
@@ -2825,7 +3122,7 @@ func file_proxy_proto_init() {
 		(*GatewayMessage_Answer)(nil),
 		(*GatewayMessage_Join)(nil),
 	}
-	file_proxy_proto_msgTypes[14].OneofWrappers = []any{
+	file_proxy_proto_msgTypes[16].OneofWrappers = []any{
 		(*ControlMessage_Offer)(nil),
 		(*ControlMessage_Query)(nil),
 		(*ControlMessage_Answer)(nil),
@@ -2840,7 +3137,7 @@ func file_proxy_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_proxy_proto_rawDesc), len(file_proxy_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   31,
+			NumMessages:   36,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -24,7 +24,8 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	Identity_Renew_FullMethodName = "/strait.v1.Identity/Renew"
+	Identity_Renew_FullMethodName    = "/strait.v1.Identity/Renew"
+	Identity_IssueJWT_FullMethodName = "/strait.v1.Identity/IssueJWT"
 )
 
 // IdentityClient is the client API for Identity service.
@@ -34,6 +35,7 @@ const (
 // Identity issues SVIDs to callers that already hold one. The SVID issued has the caller's own ID, never another.
 type IdentityClient interface {
 	Renew(ctx context.Context, in *RenewRequest, opts ...grpc.CallOption) (*RenewResponse, error)
+	IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error)
 }
 
 type identityClient struct {
@@ -54,6 +56,16 @@ func (c *identityClient) Renew(ctx context.Context, in *RenewRequest, opts ...gr
 	return out, nil
 }
 
+func (c *identityClient) IssueJWT(ctx context.Context, in *IssueJWTRequest, opts ...grpc.CallOption) (*IssueJWTResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IssueJWTResponse)
+	err := c.cc.Invoke(ctx, Identity_IssueJWT_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // IdentityServer is the server API for Identity service.
 // All implementations must embed UnimplementedIdentityServer
 // for forward compatibility.
@@ -61,6 +73,7 @@ func (c *identityClient) Renew(ctx context.Context, in *RenewRequest, opts ...gr
 // Identity issues SVIDs to callers that already hold one. The SVID issued has the caller's own ID, never another.
 type IdentityServer interface {
 	Renew(context.Context, *RenewRequest) (*RenewResponse, error)
+	IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error)
 	mustEmbedUnimplementedIdentityServer()
 }
 
@@ -73,6 +86,9 @@ type UnimplementedIdentityServer struct{}
 
 func (UnimplementedIdentityServer) Renew(context.Context, *RenewRequest) (*RenewResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Renew not implemented")
+}
+func (UnimplementedIdentityServer) IssueJWT(context.Context, *IssueJWTRequest) (*IssueJWTResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueJWT not implemented")
 }
 func (UnimplementedIdentityServer) mustEmbedUnimplementedIdentityServer() {}
 func (UnimplementedIdentityServer) testEmbeddedByValue()                  {}
@@ -113,6 +129,24 @@ func _Identity_Renew_Handler(srv interface{}, ctx context.Context, dec func(inte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Identity_IssueJWT_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueJWTRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(IdentityServer).IssueJWT(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Identity_IssueJWT_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(IdentityServer).IssueJWT(ctx, req.(*IssueJWTRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Identity_ServiceDesc is the grpc.ServiceDesc for Identity service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -123,6 +157,10 @@ var Identity_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Renew",
 			Handler:    _Identity_Renew_Handler,
+		},
+		{
+			MethodName: "IssueJWT",
+			Handler:    _Identity_IssueJWT_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

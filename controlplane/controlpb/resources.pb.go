@@ -407,7 +407,9 @@ type Self struct {
 	Locality    *Locality              `protobuf:"bytes,6,opt,name=locality,proto3" json:"locality,omitempty"`
 	Inbound     []*InboundPort         `protobuf:"bytes,7,rep,name=inbound,proto3" json:"inbound,omitempty"`
 	// seeded decision state (federation.State, JSON) per service "<ns>/<name>", as last reported
-	LastState     map[string][]byte `protobuf:"bytes,8,rep,name=last_state,json=lastState,proto3" json:"last_state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	LastState map[string][]byte `protobuf:"bytes,8,rep,name=last_state,json=lastState,proto3" json:"last_state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// who may take this identity from the sidecar's SPIFFE Workload API; empty: nobody
+	WorkloadApi   []*UnixSelector `protobuf:"bytes,9,rep,name=workload_api,json=workloadApi,proto3" json:"workload_api,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -498,6 +500,74 @@ func (x *Self) GetLastState() map[string][]byte {
 	return nil
 }
 
+func (x *Self) GetWorkloadApi() []*UnixSelector {
+	if x != nil {
+		return x.WorkloadApi
+	}
+	return nil
+}
+
+// UnixSelector names processes of the sidecar's host by what the kernel says of them. Every field that is set must match.
+type UnixSelector struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           *uint32                `protobuf:"varint,1,opt,name=uid,proto3,oneof" json:"uid,omitempty"`
+	Gid           *uint32                `protobuf:"varint,2,opt,name=gid,proto3,oneof" json:"gid,omitempty"`
+	Path          string                 `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"` // of the executable
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UnixSelector) Reset() {
+	*x = UnixSelector{}
+	mi := &file_resources_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UnixSelector) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UnixSelector) ProtoMessage() {}
+
+func (x *UnixSelector) ProtoReflect() protoreflect.Message {
+	mi := &file_resources_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UnixSelector.ProtoReflect.Descriptor instead.
+func (*UnixSelector) Descriptor() ([]byte, []int) {
+	return file_resources_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *UnixSelector) GetUid() uint32 {
+	if x != nil && x.Uid != nil {
+		return *x.Uid
+	}
+	return 0
+}
+
+func (x *UnixSelector) GetGid() uint32 {
+	if x != nil && x.Gid != nil {
+		return *x.Gid
+	}
+	return 0
+}
+
+func (x *UnixSelector) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
 // InboundPort is one port of one service that this sidecar answers for.
 type InboundPort struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -514,7 +584,7 @@ type InboundPort struct {
 
 func (x *InboundPort) Reset() {
 	*x = InboundPort{}
-	mi := &file_resources_proto_msgTypes[4]
+	mi := &file_resources_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +596,7 @@ func (x *InboundPort) String() string {
 func (*InboundPort) ProtoMessage() {}
 
 func (x *InboundPort) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[4]
+	mi := &file_resources_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +609,7 @@ func (x *InboundPort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InboundPort.ProtoReflect.Descriptor instead.
 func (*InboundPort) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{4}
+	return file_resources_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *InboundPort) GetService() *ServiceRef {
@@ -605,7 +675,7 @@ type Instance struct {
 
 func (x *Instance) Reset() {
 	*x = Instance{}
-	mi := &file_resources_proto_msgTypes[5]
+	mi := &file_resources_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -617,7 +687,7 @@ func (x *Instance) String() string {
 func (*Instance) ProtoMessage() {}
 
 func (x *Instance) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[5]
+	mi := &file_resources_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -630,7 +700,7 @@ func (x *Instance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Instance.ProtoReflect.Descriptor instead.
 func (*Instance) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{5}
+	return file_resources_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Instance) GetWorkload() string {
@@ -682,7 +752,7 @@ type Access struct {
 
 func (x *Access) Reset() {
 	*x = Access{}
-	mi := &file_resources_proto_msgTypes[6]
+	mi := &file_resources_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +764,7 @@ func (x *Access) String() string {
 func (*Access) ProtoMessage() {}
 
 func (x *Access) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[6]
+	mi := &file_resources_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +777,7 @@ func (x *Access) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Access.ProtoReflect.Descriptor instead.
 func (*Access) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{6}
+	return file_resources_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Access) GetHasPolicy() bool {
@@ -753,7 +823,7 @@ type AccessRule struct {
 
 func (x *AccessRule) Reset() {
 	*x = AccessRule{}
-	mi := &file_resources_proto_msgTypes[7]
+	mi := &file_resources_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -765,7 +835,7 @@ func (x *AccessRule) String() string {
 func (*AccessRule) ProtoMessage() {}
 
 func (x *AccessRule) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[7]
+	mi := &file_resources_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -778,7 +848,7 @@ func (x *AccessRule) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AccessRule.ProtoReflect.Descriptor instead.
 func (*AccessRule) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{7}
+	return file_resources_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AccessRule) GetName() string {
@@ -849,7 +919,7 @@ type Service struct {
 
 func (x *Service) Reset() {
 	*x = Service{}
-	mi := &file_resources_proto_msgTypes[8]
+	mi := &file_resources_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -861,7 +931,7 @@ func (x *Service) String() string {
 func (*Service) ProtoMessage() {}
 
 func (x *Service) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[8]
+	mi := &file_resources_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -874,7 +944,7 @@ func (x *Service) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Service.ProtoReflect.Descriptor instead.
 func (*Service) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{8}
+	return file_resources_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Service) GetNamespace() string {
@@ -951,7 +1021,7 @@ type ServicePort struct {
 
 func (x *ServicePort) Reset() {
 	*x = ServicePort{}
-	mi := &file_resources_proto_msgTypes[9]
+	mi := &file_resources_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -963,7 +1033,7 @@ func (x *ServicePort) String() string {
 func (*ServicePort) ProtoMessage() {}
 
 func (x *ServicePort) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[9]
+	mi := &file_resources_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -976,7 +1046,7 @@ func (x *ServicePort) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ServicePort.ProtoReflect.Descriptor instead.
 func (*ServicePort) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{9}
+	return file_resources_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ServicePort) GetName() string {
@@ -1017,7 +1087,7 @@ type LocalEndpoint struct {
 
 func (x *LocalEndpoint) Reset() {
 	*x = LocalEndpoint{}
-	mi := &file_resources_proto_msgTypes[10]
+	mi := &file_resources_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1029,7 +1099,7 @@ func (x *LocalEndpoint) String() string {
 func (*LocalEndpoint) ProtoMessage() {}
 
 func (x *LocalEndpoint) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[10]
+	mi := &file_resources_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1042,7 +1112,7 @@ func (x *LocalEndpoint) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LocalEndpoint.ProtoReflect.Descriptor instead.
 func (*LocalEndpoint) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{10}
+	return file_resources_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *LocalEndpoint) GetProxy() string {
@@ -1113,7 +1183,7 @@ type InstanceHealth struct {
 
 func (x *InstanceHealth) Reset() {
 	*x = InstanceHealth{}
-	mi := &file_resources_proto_msgTypes[11]
+	mi := &file_resources_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1125,7 +1195,7 @@ func (x *InstanceHealth) String() string {
 func (*InstanceHealth) ProtoMessage() {}
 
 func (x *InstanceHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[11]
+	mi := &file_resources_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1138,7 +1208,7 @@ func (x *InstanceHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InstanceHealth.ProtoReflect.Descriptor instead.
 func (*InstanceHealth) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{11}
+	return file_resources_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *InstanceHealth) GetWorkload() string {
@@ -1195,7 +1265,7 @@ type RemoteCluster struct {
 
 func (x *RemoteCluster) Reset() {
 	*x = RemoteCluster{}
-	mi := &file_resources_proto_msgTypes[12]
+	mi := &file_resources_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1207,7 +1277,7 @@ func (x *RemoteCluster) String() string {
 func (*RemoteCluster) ProtoMessage() {}
 
 func (x *RemoteCluster) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[12]
+	mi := &file_resources_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1220,7 +1290,7 @@ func (x *RemoteCluster) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoteCluster.ProtoReflect.Descriptor instead.
 func (*RemoteCluster) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{12}
+	return file_resources_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *RemoteCluster) GetCluster() string {
@@ -1346,7 +1416,7 @@ type OwnerLimits struct {
 
 func (x *OwnerLimits) Reset() {
 	*x = OwnerLimits{}
-	mi := &file_resources_proto_msgTypes[13]
+	mi := &file_resources_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1358,7 +1428,7 @@ func (x *OwnerLimits) String() string {
 func (*OwnerLimits) ProtoMessage() {}
 
 func (x *OwnerLimits) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[13]
+	mi := &file_resources_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1371,7 +1441,7 @@ func (x *OwnerLimits) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OwnerLimits.ProtoReflect.Descriptor instead.
 func (*OwnerLimits) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{13}
+	return file_resources_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *OwnerLimits) GetDrained() bool {
@@ -1409,7 +1479,7 @@ type FailoverPolicy struct {
 
 func (x *FailoverPolicy) Reset() {
 	*x = FailoverPolicy{}
-	mi := &file_resources_proto_msgTypes[14]
+	mi := &file_resources_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1421,7 +1491,7 @@ func (x *FailoverPolicy) String() string {
 func (*FailoverPolicy) ProtoMessage() {}
 
 func (x *FailoverPolicy) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[14]
+	mi := &file_resources_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1434,7 +1504,7 @@ func (x *FailoverPolicy) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FailoverPolicy.ProtoReflect.Descriptor instead.
 func (*FailoverPolicy) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{14}
+	return file_resources_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *FailoverPolicy) GetName() string {
@@ -1540,7 +1610,7 @@ type Tier struct {
 
 func (x *Tier) Reset() {
 	*x = Tier{}
-	mi := &file_resources_proto_msgTypes[15]
+	mi := &file_resources_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1552,7 +1622,7 @@ func (x *Tier) String() string {
 func (*Tier) ProtoMessage() {}
 
 func (x *Tier) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[15]
+	mi := &file_resources_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1565,7 +1635,7 @@ func (x *Tier) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Tier.ProtoReflect.Descriptor instead.
 func (*Tier) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{15}
+	return file_resources_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Tier) GetClusters() []string {
@@ -1606,7 +1676,7 @@ type PassiveHealth struct {
 
 func (x *PassiveHealth) Reset() {
 	*x = PassiveHealth{}
-	mi := &file_resources_proto_msgTypes[16]
+	mi := &file_resources_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1618,7 +1688,7 @@ func (x *PassiveHealth) String() string {
 func (*PassiveHealth) ProtoMessage() {}
 
 func (x *PassiveHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[16]
+	mi := &file_resources_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1631,7 +1701,7 @@ func (x *PassiveHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PassiveHealth.ProtoReflect.Descriptor instead.
 func (*PassiveHealth) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{16}
+	return file_resources_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *PassiveHealth) GetConsecutive_5Xx() uint32 {
@@ -1658,7 +1728,7 @@ type ActiveHealth struct {
 
 func (x *ActiveHealth) Reset() {
 	*x = ActiveHealth{}
-	mi := &file_resources_proto_msgTypes[17]
+	mi := &file_resources_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1670,7 +1740,7 @@ func (x *ActiveHealth) String() string {
 func (*ActiveHealth) ProtoMessage() {}
 
 func (x *ActiveHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[17]
+	mi := &file_resources_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1683,7 +1753,7 @@ func (x *ActiveHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ActiveHealth.ProtoReflect.Descriptor instead.
 func (*ActiveHealth) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{17}
+	return file_resources_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ActiveHealth) GetDisabled() bool {
@@ -1713,7 +1783,7 @@ type Gateway struct {
 
 func (x *Gateway) Reset() {
 	*x = Gateway{}
-	mi := &file_resources_proto_msgTypes[18]
+	mi := &file_resources_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1725,7 +1795,7 @@ func (x *Gateway) String() string {
 func (*Gateway) ProtoMessage() {}
 
 func (x *Gateway) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[18]
+	mi := &file_resources_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1738,7 +1808,7 @@ func (x *Gateway) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Gateway.ProtoReflect.Descriptor instead.
 func (*Gateway) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{18}
+	return file_resources_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *Gateway) GetName() string {
@@ -1771,18 +1841,20 @@ func (x *Gateway) GetDraining() bool {
 
 // Bundle is the trust bundle of one trust domain. Name: the trust domain. Sidecars receive those of ready peers only.
 type Bundle struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	TrustDomain   string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
-	Jwks          []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"`
-	Sequence      uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Cluster       string                 `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"` // that the trust domain is bound to; a label for metrics and spans
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	TrustDomain string                 `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	Jwks        []byte                 `protobuf:"bytes,2,opt,name=jwks,proto3" json:"jwks,omitempty"`
+	Sequence    uint64                 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Cluster     string                 `protobuf:"bytes,4,opt,name=cluster,proto3" json:"cluster,omitempty"` // that the trust domain is bound to; a label for metrics and spans
+	// of the own trust domain: identities issued before this time are to be renewed now (a rotation was activated); 0 = none
+	RenewIssuedBeforeMs int64 `protobuf:"varint,5,opt,name=renew_issued_before_ms,json=renewIssuedBeforeMs,proto3" json:"renew_issued_before_ms,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Bundle) Reset() {
 	*x = Bundle{}
-	mi := &file_resources_proto_msgTypes[19]
+	mi := &file_resources_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1866,7 @@ func (x *Bundle) String() string {
 func (*Bundle) ProtoMessage() {}
 
 func (x *Bundle) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[19]
+	mi := &file_resources_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1879,7 @@ func (x *Bundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Bundle.ProtoReflect.Descriptor instead.
 func (*Bundle) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{19}
+	return file_resources_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Bundle) GetTrustDomain() string {
@@ -1838,6 +1910,13 @@ func (x *Bundle) GetCluster() string {
 	return ""
 }
 
+func (x *Bundle) GetRenewIssuedBeforeMs() int64 {
+	if x != nil {
+		return x.RenewIssuedBeforeMs
+	}
+	return 0
+}
+
 // Peer is one other member, for gateways. Name: the trust domain. Its absence is withdrawal.
 type Peer struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
@@ -1855,7 +1934,7 @@ type Peer struct {
 
 func (x *Peer) Reset() {
 	*x = Peer{}
-	mi := &file_resources_proto_msgTypes[20]
+	mi := &file_resources_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1867,7 +1946,7 @@ func (x *Peer) String() string {
 func (*Peer) ProtoMessage() {}
 
 func (x *Peer) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[20]
+	mi := &file_resources_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1880,7 +1959,7 @@ func (x *Peer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Peer.ProtoReflect.Descriptor instead.
 func (*Peer) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{20}
+	return file_resources_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Peer) GetTrustDomain() string {
@@ -1951,7 +2030,7 @@ type GatewayRecord struct {
 
 func (x *GatewayRecord) Reset() {
 	*x = GatewayRecord{}
-	mi := &file_resources_proto_msgTypes[21]
+	mi := &file_resources_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1963,7 +2042,7 @@ func (x *GatewayRecord) String() string {
 func (*GatewayRecord) ProtoMessage() {}
 
 func (x *GatewayRecord) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[21]
+	mi := &file_resources_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1976,7 +2055,7 @@ func (x *GatewayRecord) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GatewayRecord.ProtoReflect.Descriptor instead.
 func (*GatewayRecord) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{21}
+	return file_resources_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GatewayRecord) GetName() string {
@@ -2013,7 +2092,7 @@ type Grant struct {
 
 func (x *Grant) Reset() {
 	*x = Grant{}
-	mi := &file_resources_proto_msgTypes[22]
+	mi := &file_resources_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2025,7 +2104,7 @@ func (x *Grant) String() string {
 func (*Grant) ProtoMessage() {}
 
 func (x *Grant) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[22]
+	mi := &file_resources_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2038,7 +2117,7 @@ func (x *Grant) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Grant.ProtoReflect.Descriptor instead.
 func (*Grant) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{22}
+	return file_resources_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Grant) GetPeerTrustDomain() string {
@@ -2071,16 +2150,19 @@ func (x *Grant) GetExportId() string {
 
 // Denied lists withdrawn identities. Name: the SPIFFE ID.
 type Denied struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	SpiffeId      string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	Reason        string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	SpiffeId string                 `protobuf:"bytes,1,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	Reason   string                 `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
+	// certificates issued before this time only (the identity was admitted again); 0 = every certificate. Issued is NotBefore
+	// and the 10 minutes that our CA dates it back.
+	IssuedBeforeMs int64 `protobuf:"varint,3,opt,name=issued_before_ms,json=issuedBeforeMs,proto3" json:"issued_before_ms,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *Denied) Reset() {
 	*x = Denied{}
-	mi := &file_resources_proto_msgTypes[23]
+	mi := &file_resources_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2174,7 @@ func (x *Denied) String() string {
 func (*Denied) ProtoMessage() {}
 
 func (x *Denied) ProtoReflect() protoreflect.Message {
-	mi := &file_resources_proto_msgTypes[23]
+	mi := &file_resources_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2187,7 @@ func (x *Denied) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Denied.ProtoReflect.Descriptor instead.
 func (*Denied) Descriptor() ([]byte, []int) {
-	return file_resources_proto_rawDescGZIP(), []int{23}
+	return file_resources_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Denied) GetSpiffeId() string {
@@ -2120,6 +2202,13 @@ func (x *Denied) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *Denied) GetIssuedBeforeMs() int64 {
+	if x != nil {
+		return x.IssuedBeforeMs
+	}
+	return 0
 }
 
 var File_resources_proto protoreflect.FileDescriptor
@@ -2137,7 +2226,7 @@ const file_resources_proto_rawDesc = "" +
 	"\fHealthCounts\x12\x18\n" +
 	"\ahealthy\x18\x01 \x01(\rR\ahealthy\x12\x1c\n" +
 	"\tunhealthy\x18\x02 \x01(\rR\tunhealthy\x12\x18\n" +
-	"\aunknown\x18\x03 \x01(\rR\aunknown\"\xf4\x02\n" +
+	"\aunknown\x18\x03 \x01(\rR\aunknown\"\xb0\x03\n" +
 	"\x04Self\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1e\n" +
@@ -2149,10 +2238,17 @@ const file_resources_proto_rawDesc = "" +
 	"\blocality\x18\x06 \x01(\v2\x13.strait.v1.LocalityR\blocality\x120\n" +
 	"\ainbound\x18\a \x03(\v2\x16.strait.v1.InboundPortR\ainbound\x12=\n" +
 	"\n" +
-	"last_state\x18\b \x03(\v2\x1e.strait.v1.Self.LastStateEntryR\tlastState\x1a<\n" +
+	"last_state\x18\b \x03(\v2\x1e.strait.v1.Self.LastStateEntryR\tlastState\x12:\n" +
+	"\fworkload_api\x18\t \x03(\v2\x17.strait.v1.UnixSelectorR\vworkloadApi\x1a<\n" +
 	"\x0eLastStateEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"\x9d\x02\n" +
+	"\x05value\x18\x02 \x01(\fR\x05value:\x028\x01\"`\n" +
+	"\fUnixSelector\x12\x15\n" +
+	"\x03uid\x18\x01 \x01(\rH\x00R\x03uid\x88\x01\x01\x12\x15\n" +
+	"\x03gid\x18\x02 \x01(\rH\x01R\x03gid\x88\x01\x01\x12\x12\n" +
+	"\x04path\x18\x03 \x01(\tR\x04pathB\x06\n" +
+	"\x04_uidB\x06\n" +
+	"\x04_gid\"\x9d\x02\n" +
 	"\vInboundPort\x12/\n" +
 	"\aservice\x18\x01 \x01(\v2\x15.strait.v1.ServiceRefR\aservice\x12\x1b\n" +
 	"\tport_name\x18\x02 \x01(\tR\bportName\x12\x1f\n" +
@@ -2280,12 +2376,13 @@ const file_resources_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12#\n" +
 	"\rlocal_address\x18\x02 \x01(\tR\flocalAddress\x12\x1b\n" +
 	"\tspiffe_id\x18\x03 \x01(\tR\bspiffeId\x12\x1a\n" +
-	"\bdraining\x18\x04 \x01(\bR\bdraining\"u\n" +
+	"\bdraining\x18\x04 \x01(\bR\bdraining\"\xaa\x01\n" +
 	"\x06Bundle\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x12\n" +
 	"\x04jwks\x18\x02 \x01(\fR\x04jwks\x12\x1a\n" +
 	"\bsequence\x18\x03 \x01(\x04R\bsequence\x12\x18\n" +
-	"\acluster\x18\x04 \x01(\tR\acluster\"\xa7\x02\n" +
+	"\acluster\x18\x04 \x01(\tR\acluster\x123\n" +
+	"\x16renew_issued_before_ms\x18\x05 \x01(\x03R\x13renewIssuedBeforeMs\"\xa7\x02\n" +
 	"\x04Peer\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12\x18\n" +
 	"\acluster\x18\x02 \x01(\tR\acluster\x12\x1e\n" +
@@ -2306,10 +2403,11 @@ const file_resources_proto_rawDesc = "" +
 	"\x11peer_trust_domain\x18\x01 \x01(\tR\x0fpeerTrustDomain\x12/\n" +
 	"\aservice\x18\x02 \x01(\v2\x15.strait.v1.ServiceRefR\aservice\x12,\n" +
 	"\x05ports\x18\x03 \x03(\v2\x16.strait.v1.ServicePortR\x05ports\x12\x1b\n" +
-	"\texport_id\x18\x04 \x01(\tR\bexportId\"=\n" +
+	"\texport_id\x18\x04 \x01(\tR\bexportId\"g\n" +
 	"\x06Denied\x12\x1b\n" +
 	"\tspiffe_id\x18\x01 \x01(\tR\bspiffeId\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason*q\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\x12(\n" +
+	"\x10issued_before_ms\x18\x03 \x01(\x03R\x0eissuedBeforeMs*q\n" +
 	"\bProtocol\x12\x18\n" +
 	"\x14PROTOCOL_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fPROTOCOL_TCP\x10\x01\x12\x12\n" +
@@ -2343,7 +2441,7 @@ func file_resources_proto_rawDescGZIP() []byte {
 }
 
 var file_resources_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 27)
+var file_resources_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_resources_proto_goTypes = []any{
 	(Protocol)(0),          // 0: strait.v1.Protocol
 	(Health)(0),            // 1: strait.v1.Health
@@ -2353,67 +2451,69 @@ var file_resources_proto_goTypes = []any{
 	(*ServiceRef)(nil),     // 5: strait.v1.ServiceRef
 	(*HealthCounts)(nil),   // 6: strait.v1.HealthCounts
 	(*Self)(nil),           // 7: strait.v1.Self
-	(*InboundPort)(nil),    // 8: strait.v1.InboundPort
-	(*Instance)(nil),       // 9: strait.v1.Instance
-	(*Access)(nil),         // 10: strait.v1.Access
-	(*AccessRule)(nil),     // 11: strait.v1.AccessRule
-	(*Service)(nil),        // 12: strait.v1.Service
-	(*ServicePort)(nil),    // 13: strait.v1.ServicePort
-	(*LocalEndpoint)(nil),  // 14: strait.v1.LocalEndpoint
-	(*InstanceHealth)(nil), // 15: strait.v1.InstanceHealth
-	(*RemoteCluster)(nil),  // 16: strait.v1.RemoteCluster
-	(*OwnerLimits)(nil),    // 17: strait.v1.OwnerLimits
-	(*FailoverPolicy)(nil), // 18: strait.v1.FailoverPolicy
-	(*Tier)(nil),           // 19: strait.v1.Tier
-	(*PassiveHealth)(nil),  // 20: strait.v1.PassiveHealth
-	(*ActiveHealth)(nil),   // 21: strait.v1.ActiveHealth
-	(*Gateway)(nil),        // 22: strait.v1.Gateway
-	(*Bundle)(nil),         // 23: strait.v1.Bundle
-	(*Peer)(nil),           // 24: strait.v1.Peer
-	(*GatewayRecord)(nil),  // 25: strait.v1.GatewayRecord
-	(*Grant)(nil),          // 26: strait.v1.Grant
-	(*Denied)(nil),         // 27: strait.v1.Denied
-	nil,                    // 28: strait.v1.Self.LastStateEntry
-	nil,                    // 29: strait.v1.RemoteCluster.ZonesEntry
-	nil,                    // 30: strait.v1.Tier.WeightsEntry
+	(*UnixSelector)(nil),   // 8: strait.v1.UnixSelector
+	(*InboundPort)(nil),    // 9: strait.v1.InboundPort
+	(*Instance)(nil),       // 10: strait.v1.Instance
+	(*Access)(nil),         // 11: strait.v1.Access
+	(*AccessRule)(nil),     // 12: strait.v1.AccessRule
+	(*Service)(nil),        // 13: strait.v1.Service
+	(*ServicePort)(nil),    // 14: strait.v1.ServicePort
+	(*LocalEndpoint)(nil),  // 15: strait.v1.LocalEndpoint
+	(*InstanceHealth)(nil), // 16: strait.v1.InstanceHealth
+	(*RemoteCluster)(nil),  // 17: strait.v1.RemoteCluster
+	(*OwnerLimits)(nil),    // 18: strait.v1.OwnerLimits
+	(*FailoverPolicy)(nil), // 19: strait.v1.FailoverPolicy
+	(*Tier)(nil),           // 20: strait.v1.Tier
+	(*PassiveHealth)(nil),  // 21: strait.v1.PassiveHealth
+	(*ActiveHealth)(nil),   // 22: strait.v1.ActiveHealth
+	(*Gateway)(nil),        // 23: strait.v1.Gateway
+	(*Bundle)(nil),         // 24: strait.v1.Bundle
+	(*Peer)(nil),           // 25: strait.v1.Peer
+	(*GatewayRecord)(nil),  // 26: strait.v1.GatewayRecord
+	(*Grant)(nil),          // 27: strait.v1.Grant
+	(*Denied)(nil),         // 28: strait.v1.Denied
+	nil,                    // 29: strait.v1.Self.LastStateEntry
+	nil,                    // 30: strait.v1.RemoteCluster.ZonesEntry
+	nil,                    // 31: strait.v1.Tier.WeightsEntry
 }
 var file_resources_proto_depIdxs = []int32{
 	4,  // 0: strait.v1.Self.locality:type_name -> strait.v1.Locality
-	8,  // 1: strait.v1.Self.inbound:type_name -> strait.v1.InboundPort
-	28, // 2: strait.v1.Self.last_state:type_name -> strait.v1.Self.LastStateEntry
-	5,  // 3: strait.v1.InboundPort.service:type_name -> strait.v1.ServiceRef
-	0,  // 4: strait.v1.InboundPort.protocol:type_name -> strait.v1.Protocol
-	9,  // 5: strait.v1.InboundPort.instances:type_name -> strait.v1.Instance
-	10, // 6: strait.v1.InboundPort.access:type_name -> strait.v1.Access
-	11, // 7: strait.v1.Access.rules:type_name -> strait.v1.AccessRule
-	13, // 8: strait.v1.Service.ports:type_name -> strait.v1.ServicePort
-	14, // 9: strait.v1.Service.local:type_name -> strait.v1.LocalEndpoint
-	16, // 10: strait.v1.Service.remote:type_name -> strait.v1.RemoteCluster
-	18, // 11: strait.v1.Service.policy:type_name -> strait.v1.FailoverPolicy
-	17, // 12: strait.v1.Service.own_limits:type_name -> strait.v1.OwnerLimits
-	0,  // 13: strait.v1.ServicePort.protocol:type_name -> strait.v1.Protocol
-	4,  // 14: strait.v1.LocalEndpoint.locality:type_name -> strait.v1.Locality
-	6,  // 15: strait.v1.LocalEndpoint.health:type_name -> strait.v1.HealthCounts
-	15, // 16: strait.v1.LocalEndpoint.instances:type_name -> strait.v1.InstanceHealth
-	1,  // 17: strait.v1.InstanceHealth.health:type_name -> strait.v1.Health
-	13, // 18: strait.v1.RemoteCluster.ports:type_name -> strait.v1.ServicePort
-	29, // 19: strait.v1.RemoteCluster.zones:type_name -> strait.v1.RemoteCluster.ZonesEntry
-	2,  // 20: strait.v1.RemoteCluster.freshness:type_name -> strait.v1.Freshness
-	17, // 21: strait.v1.RemoteCluster.limits:type_name -> strait.v1.OwnerLimits
-	19, // 22: strait.v1.FailoverPolicy.tiers:type_name -> strait.v1.Tier
-	20, // 23: strait.v1.FailoverPolicy.passive:type_name -> strait.v1.PassiveHealth
-	21, // 24: strait.v1.FailoverPolicy.active:type_name -> strait.v1.ActiveHealth
-	30, // 25: strait.v1.Tier.weights:type_name -> strait.v1.Tier.WeightsEntry
-	3,  // 26: strait.v1.Peer.state:type_name -> strait.v1.PeerState
-	25, // 27: strait.v1.Peer.gateways:type_name -> strait.v1.GatewayRecord
-	5,  // 28: strait.v1.Grant.service:type_name -> strait.v1.ServiceRef
-	13, // 29: strait.v1.Grant.ports:type_name -> strait.v1.ServicePort
-	6,  // 30: strait.v1.RemoteCluster.ZonesEntry.value:type_name -> strait.v1.HealthCounts
-	31, // [31:31] is the sub-list for method output_type
-	31, // [31:31] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	9,  // 1: strait.v1.Self.inbound:type_name -> strait.v1.InboundPort
+	29, // 2: strait.v1.Self.last_state:type_name -> strait.v1.Self.LastStateEntry
+	8,  // 3: strait.v1.Self.workload_api:type_name -> strait.v1.UnixSelector
+	5,  // 4: strait.v1.InboundPort.service:type_name -> strait.v1.ServiceRef
+	0,  // 5: strait.v1.InboundPort.protocol:type_name -> strait.v1.Protocol
+	10, // 6: strait.v1.InboundPort.instances:type_name -> strait.v1.Instance
+	11, // 7: strait.v1.InboundPort.access:type_name -> strait.v1.Access
+	12, // 8: strait.v1.Access.rules:type_name -> strait.v1.AccessRule
+	14, // 9: strait.v1.Service.ports:type_name -> strait.v1.ServicePort
+	15, // 10: strait.v1.Service.local:type_name -> strait.v1.LocalEndpoint
+	17, // 11: strait.v1.Service.remote:type_name -> strait.v1.RemoteCluster
+	19, // 12: strait.v1.Service.policy:type_name -> strait.v1.FailoverPolicy
+	18, // 13: strait.v1.Service.own_limits:type_name -> strait.v1.OwnerLimits
+	0,  // 14: strait.v1.ServicePort.protocol:type_name -> strait.v1.Protocol
+	4,  // 15: strait.v1.LocalEndpoint.locality:type_name -> strait.v1.Locality
+	6,  // 16: strait.v1.LocalEndpoint.health:type_name -> strait.v1.HealthCounts
+	16, // 17: strait.v1.LocalEndpoint.instances:type_name -> strait.v1.InstanceHealth
+	1,  // 18: strait.v1.InstanceHealth.health:type_name -> strait.v1.Health
+	14, // 19: strait.v1.RemoteCluster.ports:type_name -> strait.v1.ServicePort
+	30, // 20: strait.v1.RemoteCluster.zones:type_name -> strait.v1.RemoteCluster.ZonesEntry
+	2,  // 21: strait.v1.RemoteCluster.freshness:type_name -> strait.v1.Freshness
+	18, // 22: strait.v1.RemoteCluster.limits:type_name -> strait.v1.OwnerLimits
+	20, // 23: strait.v1.FailoverPolicy.tiers:type_name -> strait.v1.Tier
+	21, // 24: strait.v1.FailoverPolicy.passive:type_name -> strait.v1.PassiveHealth
+	22, // 25: strait.v1.FailoverPolicy.active:type_name -> strait.v1.ActiveHealth
+	31, // 26: strait.v1.Tier.weights:type_name -> strait.v1.Tier.WeightsEntry
+	3,  // 27: strait.v1.Peer.state:type_name -> strait.v1.PeerState
+	26, // 28: strait.v1.Peer.gateways:type_name -> strait.v1.GatewayRecord
+	5,  // 29: strait.v1.Grant.service:type_name -> strait.v1.ServiceRef
+	14, // 30: strait.v1.Grant.ports:type_name -> strait.v1.ServicePort
+	6,  // 31: strait.v1.RemoteCluster.ZonesEntry.value:type_name -> strait.v1.HealthCounts
+	32, // [32:32] is the sub-list for method output_type
+	32, // [32:32] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_resources_proto_init() }
@@ -2421,13 +2521,14 @@ func file_resources_proto_init() {
 	if File_resources_proto != nil {
 		return
 	}
+	file_resources_proto_msgTypes[4].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_resources_proto_rawDesc), len(file_resources_proto_rawDesc)),
 			NumEnums:      4,
-			NumMessages:   27,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
