@@ -67,7 +67,9 @@ func payloadIsReadableOnlyAtItsEnds(t *testing.T, noUDP bool) {
 		{"the sidecar of web", web.PID(), true}, {"the sidecar of site", callee.PID(), true}, {"the gateway of us-east", us.Gateways[0].PID(), false},
 		{"the gateway of eu-west", eu.Gateways[0].PID(), false},
 	}
-	sni := []byte("http.site.shop.svc.eu-west.acme")
+	// The control is what every process of the path holds for as long as it lives: the trust domain, in bundles and certificates.
+	// (The server name is in a gateway's memory only while a hello is read.)
+	control := []byte("spiffe://eu-west.acme")
 	for look := range 3 {
 		before := served.Load()
 		harness.Eventually(t, 20*time.Second, "more requests to flow", func() error {
@@ -77,10 +79,10 @@ func payloadIsReadableOnlyAtItsEnds(t *testing.T, noUDP bool) {
 			return nil
 		})
 		for _, h := range holders {
-			held, scanned := memoryHolds(t, h.pid, append(secrets, sni)...)
+			held, scanned := memoryHolds(t, h.pid, append(secrets, control)...)
 			switch {
 			case !held[2]:
-				t.Errorf("control: the memory of %s (%d MiB searched) does not hold the server name", h.name, scanned>>20)
+				t.Errorf("control: the memory of %s (%d MiB searched) does not hold the callee's trust domain", h.name, scanned>>20)
 			case h.ends && !(held[0] && held[1]):
 				t.Errorf("control: the memory of %s (%d MiB searched) does not hold the canaries: %v", h.name, scanned>>20, held[:2])
 			case !h.ends && (held[0] || held[1]):
@@ -97,7 +99,7 @@ func payloadIsReadableOnlyAtItsEnds(t *testing.T, noUDP bool) {
 	}
 	net.close(t)
 	allowed := map[string]string{web.Upstreams[0]: "web and its sidecar", app.addr: "site and its sidecar"}
-	control := map[string]int{}
+	captured := map[string]int{}
 	for pair, n := range net.seen {
 		fields := strings.Fields(pair)
 		who := ""
@@ -109,14 +111,14 @@ func payloadIsReadableOnlyAtItsEnds(t *testing.T, noUDP bool) {
 		if who == "" {
 			t.Errorf("%d packets with a canary: %s", n, pair)
 		}
-		control[who] += n
+		captured[who] += n
 	}
 	for _, who := range allowed {
-		if control[who] == 0 {
+		if captured[who] == 0 {
 			t.Errorf("control: no packet with a canary between %s", who)
 		}
 	}
-	t.Logf("%d requests; %d packets searched; with a canary: %v", served.Load(), net.packets, control)
+	t.Logf("%d requests; %d packets searched; with a canary: %v", served.Load(), net.packets, captured)
 }
 
 // canaryLoad posts requests that carry the canary in path, header and body, one after another, until the test ends.
