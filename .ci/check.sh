@@ -15,8 +15,8 @@ go vet ./...
 echo "check: staticcheck"
 go tool -modfile=tools/go.mod staticcheck ./...
 
-echo "check: layering and dependency guards"
-go test -count=1 .
+echo "check: layering, dependency guards, registry of codes"
+go test -count=1 . ./internal/problem
 
 echo "check: generated code"
 before=$(git ls-files -z '*_gen.go' '*.pb.go' | xargs -0 sha256sum)
