@@ -15,7 +15,6 @@ import (
 	"fmt"
 	"io/fs"
 	"math/big"
-	"net"
 	"net/url"
 	"slices"
 	"sync"
@@ -45,6 +44,7 @@ type Config struct {
 
 // CA issues identities of one trust domain. Make it with Create or Open.
 type CA struct {
+	*API
 	td  spiffeid.TrustDomain
 	now func() time.Time
 	dir *datadir.Dir
@@ -52,7 +52,6 @@ type CA struct {
 	mu     sync.Mutex
 	root   *pair
 	issuer *pair
-	api    *pair
 	bundle *trust.Bundle
 }
 
@@ -64,7 +63,6 @@ type pair struct {
 const (
 	rootFile   = "ca/root.pem"
 	issuerFile = "ca/issuer.pem"
-	apiFile    = "ca/api.pem"
 	bundleFile = "bundles/own.json"
 )
 
@@ -82,18 +80,17 @@ func Create(dir *datadir.Dir, cfg Config) (*CA, error) {
 	if err != nil {
 		return nil, fmt.Errorf("create root: %w", err)
 	}
-	api, err := selfSigned(caTemplate("Strait API CA of "+c.td.String(), now, RootLifetime, 0, spiffeid.TrustDomain{}))
-	if err != nil {
-		return nil, fmt.Errorf("create API CA: %w", err)
-	}
-	c.root, c.api = root, api
+	c.root = root
 	if c.issuer, err = c.newIssuer(); err != nil {
 		return nil, err
 	}
 	if c.bundle, err = trust.NewBundle(c.td, []*x509.Certificate{root.cert}, 1); err != nil {
 		return nil, err
 	}
-	if err := errors.Join(c.save(issuerFile, c.issuer), c.save(apiFile, api), dir.WriteFile(bundleFile, c.bundle.Marshal())); err != nil {
+	if c.API, err = CreateAPI(dir, cfg); err != nil {
+		return nil, err
+	}
+	if err := errors.Join(c.save(issuerFile, c.issuer), dir.WriteFile(bundleFile, c.bundle.Marshal())); err != nil {
 		return nil, err
 	}
 	return c, c.save(rootFile, root) // last: it marks the CA as complete
@@ -106,7 +103,7 @@ func Open(dir *datadir.Dir, cfg Config) (*CA, error) {
 	if c.root, err = c.load(rootFile); err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
-	if c.api, err = c.load(apiFile); err != nil {
+	if c.API, err = OpenAPI(dir, cfg); err != nil {
 		return nil, fmt.Errorf("open CA: %w", err)
 	}
 	if c.td, err = rootDomain(c.root.cert); err != nil {
@@ -368,55 +365,4 @@ func (c *CA) issue(pub crypto.PublicKey, id spiffeid.ID, ttl time.Duration) ([][
 		return nil, fmt.Errorf("issue %s: %w", id, err)
 	}
 	return [][]byte{der, issuer.cert.Raw}, nil
-}
-
-// APIRootPEM is the certificate that clients of the configuration API verify against.
-func (c *CA) APIRootPEM() []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.api.cert.Raw})
-}
-
-// IssueServing makes a key and a serving certificate of the configuration API for DNS names and addresses.
-func (c *CA) IssueServing(dns []string, ips []net.IP, ttl time.Duration) (certPEM, keyPEM []byte, err error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, fmt.Errorf("issue serving certificate: %w", err)
-	}
-	certPEM, err = c.issueAPI(&key.PublicKey, pkix.Name{CommonName: "strait-api"}, x509.ExtKeyUsageServerAuth, dns, ips, ttl)
-	if err != nil {
-		return nil, nil, err
-	}
-	der, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return nil, nil, err
-	}
-	return certPEM, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), nil
-}
-
-// IssueAPIClient signs a client certificate of the configuration API for the request's public key: user name and groups as
-// Kubernetes reads them from the subject.
-func (c *CA) IssueAPIClient(csrDER []byte, name string, groups []string, ttl time.Duration) (certPEM []byte, err error) {
-	pub, err := requestKey(csrDER)
-	if err != nil {
-		return nil, fmt.Errorf("issue API client %s: %w", name, err)
-	}
-	return c.issueAPI(pub, pkix.Name{CommonName: name, Organization: groups}, x509.ExtKeyUsageClientAuth, nil, nil, ttl)
-}
-
-func (c *CA) issueAPI(pub crypto.PublicKey, subject pkix.Name, usage x509.ExtKeyUsage, dns []string, ips []net.IP, ttl time.Duration) ([]byte, error) {
-	if ttl <= 0 {
-		ttl = DefaultTTL
-	}
-	now := c.now()
-	t := &x509.Certificate{
-		SerialNumber: serial(), Subject: subject, NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: dns, IPAddresses: ips,
-	}
-	if t.NotAfter.After(c.api.cert.NotAfter) {
-		t.NotAfter = c.api.cert.NotAfter
-	}
-	der, err := x509.CreateCertificate(rand.Reader, t, c.api.cert, pub, c.api.key)
-	if err != nil {
-		return nil, fmt.Errorf("issue %s: %w", subject.CommonName, err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
 }
