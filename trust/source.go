@@ -52,6 +52,7 @@ type Source struct {
 	now func() time.Time
 	log *slog.Logger
 	cur atomic.Pointer[material]
+	out atomic.Pointer[func(*Peer) error] // SetWithdrawn
 
 	mu      sync.Mutex
 	changed chan struct{}
@@ -129,7 +130,14 @@ func (s *Source) Ready(ctx context.Context) error {
 
 // Verify judges a chain against the present bundles and the present time.
 func (s *Source) Verify(chain []*x509.Certificate) (*Peer, error) {
-	return Verify(chain, s.Bundles(), s.now())
+	p, err := Verify(chain, s.Bundles(), s.now())
+	if err != nil {
+		return nil, err
+	}
+	if err := s.judgeWithdrawn(p); err != nil {
+		return nil, err
+	}
+	return p, nil
 }
 
 // TLSOptions says what one kind of connection asks of the other end.

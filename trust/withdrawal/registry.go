@@ -33,6 +33,7 @@ type Subject struct {
 	Identity spiffeid.ID          // of the other end, where known
 	Export   string               // "<namespace>/<name>:<port>", where it concerns a service
 	Class    Class
+	Issued   time.Time // of the other end's certificate (trust.Issued); zero: the identity is known by name only
 	NotAfter time.Time // of the other end's certificate; zero: no limit
 }
 
