@@ -69,7 +69,9 @@ type ControlPlane struct {
 	self  parsed
 
 	dir      *datadir.Dir
-	ca       *ca.CA
+	ca       *ca.CA    // nil where identities come from a Workload API: ask issuer, or look first
+	apiCA    *ca.API   // of the configuration API, ours in any case
+	issuer   authority // ca, or the Workload API
 	source   *trust.Source
 	signer   atomic.Pointer[trust.Identity]
 	tokens   *register.Tokens
@@ -126,6 +128,7 @@ func (c *ControlPlane) open() (err error) {
 	if c.ca, err = ca.Open(c.dir, ca.Config{TrustDomain: c.self.trustDomain, Now: c.now}); err != nil {
 		return err
 	}
+	c.issuer, c.apiCA = c.ca, c.ca.API
 	if c.tokens, err = register.OpenTokens(c.dir, c.now); err != nil {
 		return err
 	}
@@ -138,7 +141,7 @@ func (c *ControlPlane) open() (err error) {
 	c.metrics = metric.New(metric.Config{Role: "controlplane", Version: version.String(), Process: true})
 	c.registry = withdrawal.New(withdrawal.Config{Now: c.now})
 	c.source = trust.NewSource(trust.SourceConfig{Now: c.now, Logger: c.log})
-	bundles, err := trust.NewBundles(c.ca.Bundle())
+	bundles, err := trust.NewBundles(c.issuer.Bundle())
 	if err != nil {
 		return err
 	}
@@ -169,7 +172,7 @@ func (c *ControlPlane) parts() (err error) {
 	c.traces = traces.NewStore(traces.StoreConfig{})
 	c.federate, err = federate.New(federate.Config{
 		Federation: c.self.federation, Cluster: c.self.cluster, TrustDomain: c.self.trustDomain, Region: c.self.locality.Region,
-		Dir: c.dir, Identity: c.source.Identity, Signer: c.signer.Load, Bundle: c.ca.Bundle,
+		Dir: c.dir, Identity: c.source.Identity, Signer: c.signer.Load, Bundle: c.issuer.Bundle,
 		PeerID: func(ctx context.Context) (spiffeid.ID, bool) {
 			p, ok := identity.PeerFromContext(ctx)
 			return p.ID, ok
@@ -271,7 +274,7 @@ func (c *ControlPlane) startAPI(ctx context.Context) error {
 	}
 	c.api, err = configapi.Start(ctx, configapi.Config{
 		Dir: store.Path(), SocketDir: c.dir.Path("run"), Listen: c.cfg.APIListen, ServingCertPEM: cert, ServingKeyPEM: key,
-		ClientCAPEM: c.ca.APIRootPEM(), Allow: c.allowAPIClient, Logger: c.log,
+		ClientCAPEM: c.apiCA.APIRootPEM(), Allow: c.allowAPIClient, Logger: c.log,
 	})
 	if err != nil {
 		return fmt.Errorf("configuration API: %w", err)
@@ -294,7 +297,7 @@ func (c *ControlPlane) servingCertificate() (cert, key []byte, err error) {
 			names = append(names, host)
 		}
 	}
-	return c.ca.IssueServing(names, ips, 365*24*time.Hour)
+	return c.apiCA.IssueServing(names, ips, 365*24*time.Hour)
 }
 
 // server is one listener with its loop.
@@ -339,8 +342,8 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	}
 	c.addrs.Listen = inner.Addr().String()
 	reg := &register.Server{
-		Tokens: c.tokens, Bundle: c.ca.Bundle, Cluster: c.facts.Cluster, Federation: c.facts.Federation, Logger: c.log, Now: c.now,
-		Sign: func(csr []byte, id spiffeid.ID) ([][]byte, error) { return c.ca.IssueCSR(csr, id, c.cfg.SVIDTTL) },
+		Tokens: c.tokens, Bundle: c.issuer.Bundle, Cluster: c.facts.Cluster, Federation: c.facts.Federation, Logger: c.log, Now: c.now,
+		Sign: func(csr []byte, id spiffeid.ID) ([][]byte, error) { return c.issuer.IssueCSR(csr, id, c.cfg.SVIDTTL) },
 	}
 	refused := c.metrics.Counter("strait_handshakes_refused_total", "Connections to the control plane that were turned away.", "reason")
 	l, err := identity.Open(inner, identity.ListenerConfig{
@@ -351,7 +354,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	if err != nil {
 		return server{}, errors.Join(err, inner.Close())
 	}
-	ids, err := identity.New(identity.Config{Signer: c.ca, Bundle: c.ca.Bundle, Denied: c.denied.Denied, TTL: c.cfg.SVIDTTL, Logger: c.log})
+	ids, err := identity.New(identity.Config{Signer: c.issuer, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, TTL: c.cfg.SVIDTTL, Logger: c.log})
 	if err != nil {
 		return server{}, errors.Join(err, l.Close())
 	}

@@ -220,7 +220,7 @@ func (o *operator) registration(g register.Grant, ttlSeconds int64) (*controlpb.
 	if err != nil {
 		return nil, wire.ToStatus(err)
 	}
-	sum := o.c.ca.Bundle().Hash()
+	sum := o.c.issuer.Bundle().Hash()
 	tok.BundleSHA256 = sum[:]
 	tok.Addresses = o.c.advertised()
 	return &controlpb.WorkloadTokenResponse{Token: tok.Encode(), Id: tok.ID, ExpiresUnix: tok.Expires.Unix()}, nil
@@ -293,11 +293,11 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 	if err != nil {
 		return nil, wire.ToStatus(problem.New(problem.Usage, "name: %v", err))
 	}
-	chain, err := c.ca.IssueCSR(req.CsrDer, id, ttl)
+	chain, err := c.issuer.IssueCSR(req.CsrDer, id, ttl)
 	if err != nil {
 		return nil, wire.ToStatus(problem.New(problem.Usage, "%v", err))
 	}
-	api, err := c.ca.IssueAPIClient(req.CsrDer, req.Name, []string{req.Role}, ttl)
+	api, err := c.apiCA.IssueAPIClient(req.CsrDer, req.Name, []string{req.Role}, ttl)
 	if err != nil {
 		return nil, wire.ToStatus(err)
 	}
@@ -309,7 +309,7 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 		return nil, wire.ToStatus(err)
 	}
 	return &controlpb.AccessIssueResponse{
-		ChainDer: chain, BundleJwks: c.ca.Bundle().Marshal(), SpiffeId: id.String(), ApiCaPem: c.ca.APIRootPEM(),
+		ChainDer: chain, BundleJwks: c.issuer.Bundle().Marshal(), SpiffeId: id.String(), ApiCaPem: c.apiCA.APIRootPEM(),
 		ApiAddress: dialable(c.addrs.API), GrpcAddress: c.advertised()[0], ApiChainPem: api,
 	}, nil
 }

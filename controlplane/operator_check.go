@@ -116,8 +116,8 @@ func (c *ControlPlane) checkTunnels(k *checks, view *federate.View) {
 func (c *ControlPlane) certificates() []*controlpb.Certificate {
 	td := c.self.trustDomain.String()
 	list := []*controlpb.Certificate{
-		{Kind: "root", TrustDomain: td, Subject: "root of " + c.facts.Cluster, NotAfterUnix: c.ca.Bundle().NotAfter().Unix()},
-		{Kind: "issuer", TrustDomain: td, Subject: "issuer of " + c.facts.Cluster, NotAfterUnix: c.ca.IssuerNotAfter().Unix()},
+		{Kind: "root", TrustDomain: td, Subject: "root of " + c.facts.Cluster, NotAfterUnix: c.issuer.Bundle().NotAfter().Unix()},
+		{Kind: "issuer", TrustDomain: td, Subject: "issuer of " + c.facts.Cluster, NotAfterUnix: c.issuer.IssuerNotAfter().Unix()},
 		{Kind: "leaf", TrustDomain: td, Subject: "control plane", NotAfterUnix: c.source.Identity().NotAfter.Unix()},
 	}
 	for _, p := range c.federate.View().Peers {

@@ -98,8 +98,8 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 			}
 		}
 		expiry.With("leaf", td).Set(float64(c.source.Identity().NotAfter.Unix()))
-		expiry.With("issuer", td).Set(float64(c.ca.IssuerNotAfter().Unix()))
-		expiry.With("root", td).Set(float64(c.ca.Bundle().NotAfter().Unix()))
+		expiry.With("issuer", td).Set(float64(c.issuer.IssuerNotAfter().Unix()))
+		expiry.With("root", td).Set(float64(c.issuer.Bundle().NotAfter().Unix()))
 		t.Reset(wait)
 	}
 }

@@ -145,7 +145,7 @@ func (c *ControlPlane) apply(in *compile.Input, out *compile.Output) error {
 // input gathers the views.
 func (c *ControlPlane) input(last compile.LastGood) compile.Input {
 	view := c.federate.View()
-	own := c.ca.Bundle()
+	own := c.issuer.Bundle()
 	in := compile.Input{
 		Self: compile.Self{
 			Federation: c.self.federation, Cluster: c.self.cluster, Locality: c.self.locality, TrustDomain: c.self.trustDomain,
