@@ -4,7 +4,9 @@ package identity
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"log/slog"
 	"time"
@@ -23,7 +25,10 @@ import (
 // DefaultTTL is how long identities live: a day without a control plane breaks nothing, and half of one is left.
 const DefaultTTL = 36 * time.Hour
 
-const maxCSR = 16 << 10
+const (
+	maxCSR  = 16 << 10
+	maxName = 512 // bytes of a process's name
+)
 
 // Signer issues certificates for an ID; of the request it uses the public key only. *ca.CA is one.
 type Signer interface {
@@ -36,9 +41,20 @@ type Config struct {
 	Bundle func() *trust.Bundle // of the own trust domain; required
 	Denied func(spiffeid.ID) (reason string, denied bool)
 	TTL    time.Duration // DefaultTTL
-	// Renewed hears of each identity issued. nil: nobody does.
-	Renewed func(id spiffeid.ID, notAfter time.Time)
+	// Renewed hears of each identity issued, before it is answered. nil: nobody does.
+	Renewed func(Renewal)
 	Logger  *slog.Logger
+}
+
+// Renewal is one identity that was issued.
+type Renewal struct {
+	ID spiffeid.ID
+	// Proxy is the process that asked, by the name that it gave itself: nothing proves it but ID. Empty: it gave none.
+	Proxy       string
+	Application bool // for the application behind the sidecar Proxy, not for itself
+	Issued      time.Time
+	NotAfter    time.Time
+	Issuer      string // SHA-256 of the issuer's public key, hex: certificates of one key by two roots have the same
 }
 
 // Server renews identities.
@@ -78,29 +94,43 @@ func (s *Server) Renew(ctx context.Context, q *controlpb.RenewRequest) (*control
 	if len(q.GetCsrDer()) == 0 || len(q.GetCsrDer()) > maxCSR {
 		return nil, status.Errorf(codes.InvalidArgument, "certificate request of %d bytes", len(q.GetCsrDer()))
 	}
+	if len(q.GetProxy()) > maxName {
+		return nil, status.Errorf(codes.InvalidArgument, "a name of %d bytes", len(q.GetProxy()))
+	}
 	chain, err := s.cfg.Signer.IssueCSR(q.GetCsrDer(), peer.ID, s.cfg.TTL)
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	notAfter, err := checkIssued(chain)
+	issued, err := checkIssued(chain)
 	if err != nil {
 		s.cfg.Logger.Error("issued identity is unusable", "id", peer.ID, "err", err)
 		return nil, wire.ToStatus(err)
 	}
 	if s.cfg.Renewed != nil {
-		s.cfg.Renewed(peer.ID, notAfter)
+		issued.ID, issued.Proxy, issued.Application = peer.ID, q.GetProxy(), q.GetApplication()
+		s.cfg.Renewed(issued)
 	}
-	s.cfg.Logger.Debug("identity renewed", "id", peer.ID, "not_after", notAfter)
-	return &controlpb.RenewResponse{ChainDer: chain, BundleJwks: s.cfg.Bundle().Marshal(), NotAfterUnix: notAfter.Unix()}, nil
+	s.cfg.Logger.Debug("identity renewed", "id", peer.ID, "proxy", q.GetProxy(), "not_after", issued.NotAfter)
+	return &controlpb.RenewResponse{ChainDer: chain, BundleJwks: s.cfg.Bundle().Marshal(), NotAfterUnix: issued.NotAfter.Unix()}, nil
 }
 
-func checkIssued(chain [][]byte) (time.Time, error) {
+// checkIssued reads times and issuer of what was just issued.
+func checkIssued(chain [][]byte) (Renewal, error) {
 	if len(chain) == 0 {
-		return time.Time{}, errors.New("the issuer returned no certificate")
+		return Renewal{}, errors.New("the issuer returned no certificate")
 	}
 	leaf, err := x509.ParseCertificate(chain[0])
 	if err != nil {
-		return time.Time{}, err
+		return Renewal{}, err
 	}
-	return leaf.NotAfter, nil
+	r := Renewal{Issued: trust.Issued(leaf), NotAfter: leaf.NotAfter}
+	if len(chain) > 1 {
+		issuer, err := x509.ParseCertificate(chain[1])
+		if err != nil {
+			return Renewal{}, err
+		}
+		sum := sha256.Sum256(issuer.RawSubjectPublicKeyInfo)
+		r.Issuer = hex.EncodeToString(sum[:])
+	}
+	return r, nil
 }

@@ -75,7 +75,8 @@ func (k *bundleKeeper) remove(td spiffeid.TrustDomain) error {
 	return nil
 }
 
-// setOwn puts the own trust domain's bundle in force and on disk. A lower sequence than the present one changes nothing.
+// setOwn puts the own trust domain's bundle in force and on disk. A lower sequence than the present one changes nothing; the same
+// one with other roots or keys is refused (trust.ErrRollback).
 func (k *bundleKeeper) setOwn(b *trust.Bundle) error {
 	if len(b.Roots()) == 0 {
 		return errors.New("a bundle of the own trust domain without roots")
@@ -83,8 +84,11 @@ func (k *bundleKeeper) setOwn(b *trust.Bundle) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	have := k.source.Bundles().Get(k.own)
-	if have != nil && (b.Sequence() < have.Sequence() || b.Sequence() == have.Sequence() && b.Hash() == have.Hash()) {
+	if have != nil && (b.Sequence() < have.Sequence() || b.Equal(have)) {
 		return nil
+	}
+	if err := have.CheckUpdate(b); err != nil {
+		return err
 	}
 	if err := k.dir.WriteFile(bundleFile(k.own), b.Marshal()); err != nil {
 		return err

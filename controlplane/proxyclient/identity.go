@@ -150,8 +150,9 @@ func (c *Client) expired() bool {
 
 // renewLoop renews in time, and keeps trying when it fails.
 func (c *Client) renewLoop(ctx context.Context) {
+	var r recall
 	for ctx.Err() == nil {
-		sleep(ctx, c.untilRenewal())
+		c.waitRenewal(ctx, &r)
 		c.renewUntil(ctx)
 	}
 }
@@ -219,7 +220,7 @@ func (c *Client) renew(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, renewTimeout)
 	defer cancel()
-	r, err := controlpb.NewIdentityClient(c.conn).Renew(ctx, &controlpb.RenewRequest{CsrDer: csr}, grpc.WaitForReady(!c.expired()))
+	r, err := controlpb.NewIdentityClient(c.conn).Renew(ctx, &controlpb.RenewRequest{CsrDer: csr, Proxy: c.cfg.Name}, grpc.WaitForReady(!c.expired()))
 	if err != nil {
 		return fmt.Errorf("renew identity: %w", wire.FromStatus(err))
 	}
@@ -227,7 +228,7 @@ func (c *Client) renew(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renew identity: %w", err)
 	}
-	if err := c.bundles.setOwn(bundle); err != nil {
+	if err := c.bundles.setOwn(bundle); err != nil && !errors.Is(err, trust.ErrRollback) { // the one in force judges what was issued
 		return fmt.Errorf("renew identity: %w", err)
 	}
 	id, err := c.checked(r.GetChainDer(), key, c.info.ID)

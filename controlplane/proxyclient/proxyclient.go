@@ -98,6 +98,7 @@ type Client struct {
 	bundles *bundleKeeper
 	health  health
 	closed  sync.Once
+	recall  chan struct{} // wakes the renewal: identities of before some time are to be renewed
 	// addresses of the control plane, fixed after Open
 	addresses []string
 
@@ -114,7 +115,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), addresses: cfg.ControlPlane}
+	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), recall: make(chan struct{}, 1), addresses: cfg.ControlPlane}
 	if err := c.loadOrRegister(ctx); err != nil {
 		return nil, err
 	}
@@ -133,6 +134,7 @@ func Open(ctx context.Context, cfg Config) (*Client, error) {
 		c.SubscribeAll(controlpb.TypeBundle)
 	}
 	c.store.watch(c.bundles.apply)
+	c.store.watch(c.watchRecall)
 	c.store.deliver(c.log) // the snapshot's bundles are in force before the first caller asks
 	if c.conn, err = c.dial(); err != nil {
 		return nil, fmt.Errorf("control plane client: %w", err)

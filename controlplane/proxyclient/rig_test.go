@@ -50,6 +50,7 @@ type cluster struct {
 	withdrawals *withdrawal.Registry
 	denied      *identity.DenyList
 	renewals    atomic.Int64
+	renewed     atomic.Pointer[identity.Renewal] // the last one
 	addr        string
 	serverID    spiffeid.ID // whom the listener claims to be; the control plane unless a test says otherwise
 
@@ -127,7 +128,10 @@ func (c *cluster) serve() {
 	must(c.t, err)
 	ids, err := identity.New(identity.Config{
 		Signer: c.ca, Bundle: c.ca.Bundle, Denied: c.denied.Denied,
-		Renewed: func(spiffeid.ID, time.Time) { c.renewals.Add(1) },
+		Renewed: func(r identity.Renewal) {
+			c.renewals.Add(1)
+			c.renewed.Store(&r)
+		},
 	})
 	must(c.t, err)
 	g := grpc.NewServer(identity.ServerOptions()...)
