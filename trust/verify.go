@@ -27,7 +27,7 @@ const (
 )
 
 // VerifyError says why a chain was refused; Reason is one machine word: no_certificate, too_large, bad_san, bad_id,
-// bad_usage, unknown_trust_domain, expired, not_yet_valid, untrusted, not_authorized.
+// bad_usage, unknown_trust_domain, expired, not_yet_valid, untrusted, withdrawn, not_authorized.
 type VerifyError struct {
 	Reason string
 	ID     spiffeid.ID // as claimed, when it could be parsed
@@ -334,13 +334,13 @@ func AuthorizeTrustDomain(td spiffeid.TrustDomain) Authorize {
 func AuthorizeAny() Authorize { return func(spiffeid.ID) error { return nil } }
 
 // PeerFromState is the other end of a connection whose handshake a config of this package has verified. It reads the leaf's ID
-// again and judges nothing. Connections of ALPNJoin have no verified client; it refuses them.
+// again and judges nothing. Clients of ALPNJoin are not verified and those of ALPNRenew may have ended; it refuses them.
 func PeerFromState(cs tls.ConnectionState) (*Peer, error) {
 	if !cs.HandshakeComplete || len(cs.PeerCertificates) == 0 {
 		return nil, &VerifyError{Reason: "no_certificate"}
 	}
-	if cs.NegotiatedProtocol == ALPNJoin {
-		return nil, &VerifyError{Reason: "untrusted", Err: errors.New("clients of " + ALPNJoin + " are not verified by the handshake")}
+	if cs.NegotiatedProtocol == ALPNJoin || cs.NegotiatedProtocol == ALPNRenew {
+		return nil, &VerifyError{Reason: "untrusted", Err: errors.New("clients of " + cs.NegotiatedProtocol + " are not verified by the handshake, or have ended")}
 	}
 	id, err := leafID(cs.PeerCertificates[0])
 	if err != nil {
