@@ -10,7 +10,8 @@
 // refused, also after a restart, and two heads with the same numbers and different content are a fork, which is kept as evidence.
 // A reader says what it has and gets a delta, a snapshot, or the head alone. DESIGN.md has the encodings and the rules.
 //
-// An origin may speak only of services of its own and of its own gateways; one entry that is anything else refuses the whole head.
+// An origin may speak only of services, gateways, the trust bundle and withdrawn identities of its own, and of what it has
+// acknowledged of the consumer's bundle; one entry that is anything else refuses the whole head.
 //
 // Origin, Store and Cache may be used concurrently. Only Origin.Run signs; nothing else in the package starts a goroutine. Bytes
 // that came from a peer cannot make any function of this package panic, nor hold more than the quotas.

@@ -39,7 +39,7 @@ func (e *ForkError) Error() string {
 // QuotaError says that a peer offers more than its quota.
 type QuotaError struct {
 	Origin      spiffeid.TrustDomain
-	Quota       string // entries, bytes, changes
+	Quota       string // entries, bytes, changes, denials
 	Have, Limit int
 }
 

@@ -37,13 +37,19 @@ const (
 // ServiceKey is the key of a service's entry.
 func ServiceKey(s federation.ServiceName) string { return servicePrefix + s.String() }
 
+// known reports whether key is of a kind that consumers know.
+func known(key string) bool {
+	return strings.HasPrefix(key, servicePrefix) || strings.HasPrefix(key, gatewayPrefix) || strings.HasPrefix(key, denialPrefix) ||
+		key == BundleKey || key == SeenKey
+}
+
 // GatewayKey is the key of a gateway record's entry.
 func GatewayKey(name string) string { return gatewayPrefix + name }
 
-// judgeEntry reads one entry of origin's catalog: a *controlpb.CatalogService or a *controlpb.GatewayRecord that speaks of what is
-// origin's own. Whatever else an entry is, the whole head is refused for it.
-func judgeEntry(origin spiffeid.TrustDomain, key string, body []byte, allowLoopback bool) (proto.Message, error) {
-	fail := func(err error) (proto.Message, error) {
+// judgeEntry reads one entry of origin's catalog: a *controlpb.CatalogService, *controlpb.GatewayRecord, *trust.Bundle, *Seen or
+// *Denial that speaks of what is origin's own. Whatever else an entry is, the whole head is refused for it.
+func judgeEntry(origin spiffeid.TrustDomain, key string, body []byte, allowLoopback bool) (any, error) {
+	fail := func(err error) (any, error) {
 		return nil, &ForeignError{Origin: origin, Key: key, Why: err.Error()}
 	}
 	if len(body) > maxEntrySize {
@@ -68,8 +74,26 @@ func judgeEntry(origin spiffeid.TrustDomain, key string, body []byte, allowLoopb
 			return fail(err)
 		}
 		return &g, nil
+	case key == BundleKey:
+		b, err := judgeBundle(origin, body)
+		if err != nil {
+			return fail(err)
+		}
+		return b, nil
+	case key == SeenKey:
+		s, err := judgeSeen(body)
+		if err != nil {
+			return fail(err)
+		}
+		return s, nil
+	case strings.HasPrefix(key, denialPrefix):
+		d, err := judgeDenial(origin, key, body)
+		if err != nil {
+			return fail(err)
+		}
+		return d, nil
 	}
-	return fail(errors.New("neither a service nor a gateway"))
+	return fail(errors.New("an entry of no known kind"))
 }
 
 func judgeService(origin spiffeid.TrustDomain, key string, s *controlpb.CatalogService) error {

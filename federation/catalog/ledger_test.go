@@ -6,12 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"path/filepath"
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
 	"pgregory.net/rapid"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/internal/datadir"
+	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/ca"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -270,10 +275,28 @@ func FuzzMerge(f *testing.F) {
 func FuzzJudgeEntry(f *testing.F) {
 	f.Add("svc/shop/a", []byte("\x0a\x09\x0a\x04shop\x12\x01a"))
 	f.Add("gw/g", []byte("\x0a\x01g\x12\x10198.51.100.4:443"))
+	f.Add("bundle", []byte("\x0a\x23{\"keys\":[],\"spiffe_sequence\":1    }\x10\x01"))
+	f.Add("seen", append([]byte("\x08\x01\x12\x20"), make([]byte, 32)...))
+	f.Add("deny/ns/shop/sa/a", []byte("\x0a\x24spiffe://eu-west.acme/ns/shop/sa/aaa\x10\x05"))
+	f.Add("deny/strait/gateway/g", encodeDenial("spiffe://eu-west.acme/strait/gateway/g", 0))
 	td, err := spiffeid.ParseTrustDomain("eu-west.acme")
 	if err != nil {
 		f.Fatal(err)
 	}
+	dir, err := datadir.Create(filepath.Join(f.TempDir(), "ca"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	defer dir.Close()
+	authority, err := ca.Create(dir, ca.Config{TrustDomain: td})
+	if err != nil {
+		f.Fatal(err)
+	}
+	body, err := BundleEntry(authority.Bundle())
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add("bundle", body)
 	f.Fuzz(func(t *testing.T, key string, body []byte) {
 		m, err := judgeEntry(td, key, body, false)
 		if err != nil {
@@ -288,6 +311,28 @@ func FuzzJudgeEntry(f *testing.F) {
 			if key != "gw/"+m.GetName() {
 				t.Errorf("%q speaks of %v", key, m)
 			}
+		case *trust.Bundle:
+			if key != "bundle" || m.TrustDomain() != td || m.Sequence() == 0 || len(m.Roots()) == 0 {
+				t.Errorf("%q speaks of %s", key, m.Marshal())
+			}
+		case *Seen:
+			if key != "seen" || m.Sequence == 0 {
+				t.Errorf("%q speaks of %v", key, m)
+			}
+		case *Denial:
+			if m.ID.TrustDomain() != td || key != "deny"+m.ID.Path() || !m.IssuedBefore.IsZero() && m.IssuedBefore.UnixMilli() <= 0 {
+				t.Errorf("%q speaks of %v", key, m)
+			}
+		default:
+			t.Errorf("%q is a %T", key, m)
 		}
 	})
+}
+
+func encodeDenial(id string, before int64) []byte {
+	b, err := proto.Marshal(&controlpb.DeniedIdentity{SpiffeId: id, IssuedBeforeMs: before})
+	if err != nil {
+		panic(err)
+	}
+	return b
 }

@@ -201,15 +201,21 @@ func (o *Origin) signOne(consumer spiffeid.TrustDomain, epoch uint64, id *trust.
 	return nil
 }
 
-// Set replaces what consumer is offered: entry bodies by key ("svc/<ns>/<name>", "gw/<name>"). The bodies belong to the origin
-// from then on. More than a consumer's default quota is refused with *QuotaError.
+// Set replaces what consumer is offered: entry bodies by key (ServiceKey, GatewayKey, BundleKey, SeenKey, DenialKey). The bodies
+// belong to the origin from then on. More than a consumer's default quota is refused with *QuotaError.
 func (o *Origin) Set(consumer spiffeid.TrustDomain, entries map[string][]byte) error {
-	size := 0
+	size, denials := 0, 0
 	for k, b := range entries {
-		if !strings.HasPrefix(k, servicePrefix) && !strings.HasPrefix(k, gatewayPrefix) || len(k) > maxKeySize {
-			return &ForeignError{Origin: o.cfg.Self, Key: k, Why: "neither a service nor a gateway"}
+		if !known(k) || len(k) > maxKeySize {
+			return &ForeignError{Origin: o.cfg.Self, Key: k, Why: "an entry of no known kind"}
 		}
 		size += len(k) + len(b)
+		if strings.HasPrefix(k, denialPrefix) {
+			denials++
+		}
+	}
+	if denials > MaxDenials {
+		return &QuotaError{Origin: o.cfg.Self, Quota: "denials", Have: denials, Limit: MaxDenials}
 	}
 	if len(entries) > DefaultMaxEntries {
 		return &QuotaError{Origin: o.cfg.Self, Quota: "entries", Have: len(entries), Limit: DefaultMaxEntries}

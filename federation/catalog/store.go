@@ -78,6 +78,9 @@ type View struct {
 	ReceivedAt time.Time // of the newest head
 	Services   []*controlpb.CatalogService
 	Gateways   []*controlpb.GatewayRecord
+	Bundle     *trust.Bundle // the origin's own, as it says; nil: it does not say
+	Seen       *Seen         // nil: nothing is acknowledged yet
+	Denied     []Denial      // sorted by ID
 }
 
 // Conflict is two valid heads with the same numbers and different content.
@@ -111,7 +114,7 @@ type imported struct {
 
 type parsedEntry struct {
 	version uint64
-	message proto.Message
+	value   any // as judgeEntry returns it
 }
 
 // OpenStore reads what dir holds. A damaged file is reported and left aside; the origin is then fetched anew.
@@ -285,10 +288,16 @@ func (im *imported) spendLocked(td spiffeid.TrustDomain, changes int, now time.T
 // judge reads all entries; those that did not change are not read again.
 func (im *imported) judge(td spiffeid.TrustDomain, h *held, allowLoopback bool) (map[string]parsedEntry, error) {
 	parsed := make(map[string]parsedEntry, h.ledger.live)
+	denials := 0
 	same := im.held != nil && im.held.head.Epoch == h.head.Epoch
 	for k, e := range h.ledger.entries {
 		if e.deleted {
 			continue
+		}
+		if strings.HasPrefix(k, denialPrefix) {
+			if denials++; denials > MaxDenials {
+				return nil, &QuotaError{Origin: td, Quota: "denials", Have: denials, Limit: MaxDenials}
+			}
 		}
 		if p, ok := im.parsed[k]; ok && same && p.version == e.version {
 			parsed[k] = p
@@ -307,11 +316,17 @@ func (im *imported) publish(td spiffeid.TrustDomain, h *held, parsed map[string]
 	im.held, im.parsed, im.received = h, parsed, received
 	v := &View{Origin: td, Head: h.head, ReceivedAt: received}
 	for _, k := range h.ledger.keys() {
-		switch m := parsed[k].message.(type) {
+		switch m := parsed[k].value.(type) {
 		case *controlpb.CatalogService:
 			v.Services = append(v.Services, m)
 		case *controlpb.GatewayRecord:
 			v.Gateways = append(v.Gateways, m)
+		case *trust.Bundle:
+			v.Bundle = m
+		case *Seen:
+			v.Seen = m
+		case *Denial:
+			v.Denied = append(v.Denied, *m)
 		}
 	}
 	im.view = v
