@@ -97,6 +97,12 @@ func (s *Source) SetBundles(b *Bundles) {
 	s.change(func(m material) material { m.bundles = b; return m })
 }
 
+// UpdateBundles replaces the bundles by what f makes of the present ones, nothing coming in between: for a source whose bundles
+// several keep. f may be given nil, and may return what it was given.
+func (s *Source) UpdateBundles(f func(*Bundles) *Bundles) {
+	s.change(func(m material) material { m.bundles = f(m.bundles); return m })
+}
+
 // Identity is the present one, or nil.
 func (s *Source) Identity() *Identity { return s.cur.Load().identity }
 

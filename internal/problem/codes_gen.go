@@ -54,6 +54,9 @@ const (
 	RegistrationRefused  Code = "STR-5301" // registration refused
 	AccessDenied         Code = "STR-5302" // operator access denied
 	RegistrationBusy     Code = "STR-5303" // registration is not possible now
+	IdentityNotOffered   Code = "STR-5321" // the Workload API offers no fitting identity
+	IdentitiesElsewhere  Code = "STR-5322" // identities come from the Workload API
+	IdentityShortLived   Code = "STR-5323" // identities live for less than 36 hours
 	PolicyDenied         Code = "STR-6101" // denied by an access policy
 	RequestRefused       Code = "STR-6102" // the request was refused
 	DemoRunning          Code = "STR-7101" // a demo is already running
