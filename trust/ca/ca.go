@@ -40,6 +40,9 @@ const (
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Now         func() time.Time // nil: time.Now
+	// External is a directory with tls.crt (an intermediate CA, then its chain), tls.key and ca.crt (the roots), as cert-manager
+	// writes them: it takes the place of the CA's own root and issuer. Refresh rereads it. "": the CA has its own root.
+	External string
 }
 
 // CA issues identities of one trust domain. Make it with Create or Open.
