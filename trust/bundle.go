@@ -48,10 +48,10 @@ type Bundle struct {
 	jwt      []JWTKey
 	sequence uint64
 	refresh  time.Duration
-	pool     *x509.CertPool
+	pools    []*x509.CertPool // one for each root
 
-	// anchored remembers issuers that a root was seen to have signed, by the hash of the whole certificate.
-	anchored      sync.Map // [32]byte → struct{}
+	// anchored remembers issuers that a root was seen to have signed.
+	anchored      sync.Map // anchor → struct{}
 	anchoredCount atomic.Int32
 }
 
@@ -64,7 +64,7 @@ func NewBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, sequence uint
 	if len(roots) > MaxBundleRoots {
 		return nil, fmt.Errorf("bundle of %s: %d roots; at most %d", td, len(roots), MaxBundleRoots)
 	}
-	b := &Bundle{td: td, sequence: sequence, pool: x509.NewCertPool()}
+	b := &Bundle{td: td, sequence: sequence}
 	for _, c := range roots {
 		if slices.ContainsFunc(b.roots, c.Equal) {
 			continue
@@ -73,50 +73,11 @@ func NewBundle(td spiffeid.TrustDomain, roots []*x509.Certificate, sequence uint
 			return nil, fmt.Errorf("bundle of %s: root %q: %w", td, c.Subject.CommonName, err)
 		}
 		b.roots = append(b.roots, c)
-		b.pool.AddCert(c)
+		pool := x509.NewCertPool()
+		pool.AddCert(c)
+		b.pools = append(b.pools, pool)
 	}
 	return b, nil
-}
-
-// maxSignatures bounds how many roots of one name are tried for a stranger's chain.
-const maxSignatures = 4
-
-// maxAnchored bounds how many issuers a bundle remembers; a cluster has a few a year.
-const maxAnchored = 64
-
-// anchors checks that every certificate of chain names the next one as its issuer, and that a root signed the last: one
-// signature, unless roots share a name without key identifiers.
-func (b *Bundle) anchors(chain []*x509.Certificate) error {
-	for len(chain) > 1 && slices.ContainsFunc(b.roots, chain[len(chain)-1].Equal) { // a root sent along
-		chain = chain[:len(chain)-1]
-	}
-	last := chain[len(chain)-1]
-	for i, c := range chain[:len(chain)-1] {
-		if !bytes.Equal(c.RawIssuer, chain[i+1].RawSubject) {
-			return fmt.Errorf("certificate %d was not issued by the one after it", i)
-		}
-	}
-	sum := sha256.Sum256(last.Raw)
-	if _, ok := b.anchored.Load(sum); ok {
-		return nil
-	}
-	tried := 0
-	for _, root := range b.roots {
-		if !bytes.Equal(root.RawSubject, last.RawIssuer) ||
-			len(last.AuthorityKeyId) > 0 && len(root.SubjectKeyId) > 0 && !bytes.Equal(last.AuthorityKeyId, root.SubjectKeyId) {
-			continue
-		}
-		if tried++; tried > maxSignatures {
-			break
-		}
-		if last.CheckSignatureFrom(root) == nil {
-			if last.IsCA && b.anchoredCount.Add(1) <= maxAnchored {
-				b.anchored.Store(sum, struct{}{})
-			}
-			return nil
-		}
-	}
-	return errors.New("no root of its trust domain signed it")
 }
 
 // TrustDomain is whose roots these are.

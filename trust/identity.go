@@ -18,10 +18,10 @@ import (
 // Identity is an X509-SVID with its key, immutable.
 type Identity struct {
 	ID        spiffeid.ID
-	Chain     []*x509.Certificate // leaf first, without the root
+	Chain     []*x509.Certificate // leaf first, without the root; an issuer may be followed by its siblings
 	Key       crypto.Signer
 	NotBefore time.Time
-	NotAfter  time.Time // of the certificate of the chain that ends first
+	NotAfter  time.Time // of the certificate of the chain that ends first; of siblings the one that lasts counts
 }
 
 // NewIdentity checks that key belongs to the leaf and that the leaf is an X509-SVID in form; it verifies no signature.
@@ -35,13 +35,10 @@ func NewIdentity(chainDER [][]byte, key crypto.Signer) (*Identity, error) {
 		if err != nil {
 			return nil, fmt.Errorf("identity: %w", err)
 		}
-		if id.NotAfter.IsZero() || c.NotAfter.Before(id.NotAfter) {
-			id.NotAfter = c.NotAfter
-		}
 		id.Chain = append(id.Chain, c)
 	}
 	leaf := id.Chain[0]
-	id.NotBefore = leaf.NotBefore
+	id.NotBefore, id.NotAfter = leaf.NotBefore, chainEnd(id.Chain)
 	var err error
 	if id.ID, err = leafID(leaf); err != nil {
 		return nil, fmt.Errorf("identity: %w", err)

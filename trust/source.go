@@ -44,7 +44,25 @@ type SourceConfig struct {
 type material struct {
 	identity *Identity
 	cert     *tls.Certificate
+	rooted   *tls.Certificate // cert with the roots of its trust domain
 	bundles  *Bundles
+}
+
+// withRoots appends the roots of the identity's trust domain, oldest first.
+func (m material) withRoots() *tls.Certificate {
+	if m.cert == nil {
+		return nil
+	}
+	c := *m.cert
+	if b := m.bundles.Get(m.identity.ID.TrustDomain()); b != nil {
+		roots := slices.Clone(b.Roots())
+		slices.SortStableFunc(roots, func(a, b *x509.Certificate) int { return a.NotBefore.Compare(b.NotBefore) })
+		c.Certificate = slices.Clone(c.Certificate)
+		for _, r := range roots {
+			c.Certificate = append(c.Certificate, r.Raw)
+		}
+	}
+	return &c
 }
 
 // Source holds the process's identity and the bundles that it trusts now.
@@ -75,6 +93,7 @@ func (s *Source) change(f func(material) material) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	m := f(*s.cur.Load())
+	m.rooted = m.withRoots()
 	s.cur.Store(&m)
 	close(s.changed)
 	s.changed = make(chan struct{})
@@ -160,7 +179,7 @@ type TLSOptions struct {
 	AcceptUnverifiedClient bool
 	// ServerOnly asks the client for no certificate. For strait-register/1 only; the client must offer one of ALPN.
 	ServerOnly bool
-	// SendRoots makes a server append its bundle's roots to its chain, for clients that pin the bundle's hash.
+	// SendRoots makes a server append its bundle's roots to its chain, oldest first, for clients that pin the bundle's hash.
 	SendRoots bool
 }
 
@@ -174,17 +193,10 @@ func (s *Source) ownCertificate(sendRoots bool) (*tls.Certificate, error) {
 	if !s.now().Before(m.identity.NotAfter) {
 		return nil, &VerifyError{Reason: "expired", ID: m.identity.ID, Err: errors.New("own identity has expired")}
 	}
-	if !sendRoots {
-		return m.cert, nil
+	if sendRoots {
+		return m.rooted, nil
 	}
-	c := *m.cert
-	c.Certificate = append([][]byte(nil), m.cert.Certificate...)
-	if b := m.bundles.Get(m.identity.ID.TrustDomain()); b != nil {
-		for _, r := range b.Roots() {
-			c.Certificate = append(c.Certificate, r.Raw)
-		}
-	}
-	return &c, nil
+	return m.cert, nil
 }
 
 func baseConfig(o TLSOptions) *tls.Config {
@@ -301,11 +313,11 @@ func authorized(id spiffeid.ID, authorize Authorize) error {
 // Pinned is what a client with a pin learns from the handshake.
 type Pinned struct {
 	Peer   *Peer
-	Bundle *Bundle // the server's, with sequence 0
+	Bundle *Bundle // the roots that were pinned, with sequence 0; the server may have sent others beside them
 }
 
 // PinnedClientTLS is the configuration of a dialler that knows the server's bundle by its hash alone: the server sends its
-// roots after its chain (SendRoots), and they count only when they are exactly what was pinned. With a source the client
+// roots after its chain (SendRoots), and those count that are exactly what was pinned, which may be some of them in a row. With a source the client
 // presents its identity, too; without one it is anonymous. got is called once, after verification.
 func PinnedClientTLS(pin [32]byte, s *Source, now func() time.Time, o TLSOptions, got func(Pinned)) *tls.Config {
 	if s != nil {
@@ -340,25 +352,48 @@ func verifyPinned(chain []*x509.Certificate, pin [32]byte, now time.Time) (*Pinn
 	if err != nil {
 		return nil, err
 	}
-	// The roots are the tail whose hash is the pin.
-	for at := 1; at < len(chain); at++ {
-		roots := chain[at:]
-		if hashRoots(roots) != pin {
-			continue
-		}
-		bundle, err := NewBundle(id.TrustDomain(), roots, 0)
-		if err != nil {
-			return nil, &VerifyError{Reason: "untrusted", ID: id, Err: err}
-		}
-		bundles, err := NewBundles(bundle)
-		if err != nil {
-			return nil, &VerifyError{Reason: "untrusted", ID: id, Err: err}
-		}
-		p, err := Verify(chain[:at], bundles, now)
-		if err != nil {
-			return nil, err
-		}
-		return &Pinned{p, bundle}, nil
+	refuse := func(err error) (*Pinned, error) { return nil, &VerifyError{Reason: "untrusted", ID: id, Err: err} }
+	from, to := pinnedRun(chain, pin)
+	if from == 0 {
+		return refuse(errors.New("the server's roots are not those that were pinned"))
 	}
-	return nil, &VerifyError{Reason: "untrusted", ID: id, Err: errors.New("the server's roots are not those that were pinned")}
+	bundle, err := NewBundle(id.TrustDomain(), chain[from:to], 0)
+	if err != nil {
+		return refuse(err)
+	}
+	bundles, err := NewBundles(bundle)
+	if err != nil {
+		return refuse(err)
+	}
+	own := chain[:from]
+	for len(own) > MaxChainLength && selfIssued(own[len(own)-1]) { // roots before those that were pinned
+		own = own[:len(own)-1]
+	}
+	p, err := Verify(own, bundles, now)
+	if err != nil {
+		return nil, err
+	}
+	return &Pinned{p, bundle}, nil
+}
+
+// maxRuns is how many of the last certificates are searched for runs that end before the last.
+const maxRuns = 16
+
+// pinnedRun finds the certificates whose hash is the pin: from 1 on any tail of the chain, else any run within its last
+// maxRuns. A server sends its roots oldest first, so that a pin made before a root was added still finds its own. from is 0
+// when there is none. It hashes at most MaxChainLength + MaxBundleRoots + maxRuns²/2 times.
+func pinnedRun(chain []*x509.Certificate, pin [32]byte) (from, to int) {
+	for from = 1; from < len(chain); from++ {
+		if hashRoots(chain[from:]) == pin {
+			return from, len(chain)
+		}
+	}
+	for from = max(1, len(chain)-maxRuns); from < len(chain); from++ {
+		for to = from + 1; to < len(chain); to++ {
+			if hashRoots(chain[from:to]) == pin {
+				return from, to
+			}
+		}
+	}
+	return 0, 0
 }

@@ -51,15 +51,17 @@ func (e *VerifyError) Unwrap() error { return e.Err }
 // Peer is the other end of a verified connection.
 type Peer struct {
 	ID       spiffeid.ID
-	NotAfter time.Time // of the first certificate of its chain to end
+	NotAfter time.Time // of the first certificate of its path to end
 	Chain    []*x509.Certificate
 }
 
-// Verify judges a presented chain, leaf first and each certificate followed by its issuer: one URI SAN that is a SPIFFE ID,
-// the key usages of a leaf, and a path to a root of the bundle of exactly the claimed trust domain, at now. Errors are
+// Verify judges a presented chain: one URI SAN that is a SPIFFE ID, the key usages of a leaf, and a path to a root of the bundle
+// of exactly the claimed trust domain, at now. Each certificate after the leaf is the issuer of the one before it, or a sibling
+// of it: the same subject and key, certified by another authority. Every certificate must have the form of its place; in time
+// must be the leaf and one path to a root, since a sibling is sent for those who know the other root. Errors are
 // *VerifyError. It authorizes nobody.
 //
-// Cheap rules come first. A stranger costs one signature check: the chain's last certificate must be signed by a root before
+// Cheap rules come first. A stranger costs one signature check: a root must have signed a certificate of the chain before
 // anything else about signatures is looked at.
 func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, error) {
 	if err := checkSize(chain, MaxChainLength); err != nil {
@@ -76,48 +78,38 @@ func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, 
 	if err := leafUsage(leaf); err != nil {
 		return refuse("bad_usage", err)
 	}
-	for i, c := range chain {
-		if err := checkKey(c); err != nil {
-			return refuse("bad_usage", err)
+	if err := checkKey(leaf); err != nil {
+		return refuse("bad_usage", err)
+	}
+	if late := valid(leaf, now); late != nil {
+		return refuse(late.reason, late.err)
+	}
+	for _, c := range chain[1:] {
+		if reason, err := checkIssuer(c, id.TrustDomain()); err != nil {
+			return refuse(reason, err)
 		}
-		if i > 0 {
-			if err := issuerID(c, id.TrustDomain()); err != nil {
-				return refuse("bad_san", err)
-			}
-			if err := issuerUsage(c); err != nil {
-				return refuse("bad_usage", err)
-			}
-		}
-		switch {
-		case now.Before(c.NotBefore):
-			return refuse("not_yet_valid", fmt.Errorf("valid from %s", c.NotBefore.UTC().Format(time.RFC3339)))
-		case now.After(c.NotAfter):
-			return refuse("expired", fmt.Errorf("valid until %s", c.NotAfter.UTC().Format(time.RFC3339)))
-		}
+	}
+	list, err := steps(chain)
+	if err != nil {
+		return refuse("untrusted", err)
 	}
 	bundle := bundles.Get(id.TrustDomain())
 	if bundle == nil {
 		return refuse("unknown_trust_domain", nil)
 	}
-	if err := bundle.anchors(chain); err != nil {
-		return refuse("untrusted", err)
+	path, why := bundle.verify(list, id.TrustDomain(), now)
+	if why != nil {
+		return refuse(why.reason, why.err)
 	}
-	intermediates := x509.NewCertPool()
-	for _, c := range chain[1:] {
-		intermediates.AddCert(c)
+	return &Peer{ID: id, Chain: chain, NotAfter: firstEnd(path)}, nil
+}
+
+// checkIssuer holds any certificate above the leaf to the rules of a signing certificate, whether it will be needed or not.
+func checkIssuer(c *x509.Certificate, td spiffeid.TrustDomain) (reason string, err error) {
+	if err := issuerID(c, td); err != nil {
+		return "bad_san", err
 	}
-	paths, err := leaf.Verify(x509.VerifyOptions{
-		Roots: bundle.pool, Intermediates: intermediates, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-	})
-	if err != nil {
-		return refuse(pathReason(now, bundle, err), err)
-	}
-	for _, path := range paths {
-		if err = checkConstraints(path, id.TrustDomain()); err == nil {
-			return &Peer{ID: id, Chain: chain, NotAfter: firstEnd(path)}, nil
-		}
-	}
-	return refuse("untrusted", err)
+	return "bad_usage", errors.Join(checkKey(c), issuerUsage(c))
 }
 
 func checkSize(chain []*x509.Certificate, most int) error {
@@ -132,29 +124,6 @@ func checkSize(chain []*x509.Certificate, most int) error {
 		return &VerifyError{Reason: "too_large", Err: fmt.Errorf("%d certificates of %d bytes; at most %d of %d", len(chain), size, most, MaxChainBytes)}
 	}
 	return nil
-}
-
-func firstEnd(chain []*x509.Certificate) time.Time {
-	end := chain[0].NotAfter
-	for _, c := range chain[1:] {
-		if c.NotAfter.Before(end) {
-			end = c.NotAfter
-		}
-	}
-	return end
-}
-
-func pathReason(now time.Time, b *Bundle, err error) string {
-	var invalid x509.CertificateInvalidError
-	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
-		return "untrusted"
-	}
-	for _, c := range b.roots { // everything presented is valid now: it is a root
-		if now.Before(c.NotBefore) {
-			return "not_yet_valid"
-		}
-	}
-	return "expired"
 }
 
 // checkConstraints holds td to the URI name constraints of a verified path. Go applies them as well, but takes a constraint
@@ -346,5 +315,5 @@ func PeerFromState(cs tls.ConnectionState) (*Peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Peer{ID: id, Chain: cs.PeerCertificates, NotAfter: firstEnd(cs.PeerCertificates)}, nil
+	return &Peer{ID: id, Chain: cs.PeerCertificates, NotAfter: chainEnd(cs.PeerCertificates)}, nil
 }
