@@ -13,8 +13,7 @@ import (
 const ALPNRenew = "strait-renew/1"
 
 // VerifyExpired judges a chain whose leaf may have ended, at most grace ago. Every other rule of Verify holds: an ended leaf is
-// judged as of its own last moment, and everything above it (issuers sent along, and the roots of the bundle) must be valid now as
-// well. A leaf that has not ended is judged by Verify: the two ends' clocks may differ. Errors are *VerifyError.
+// judged as of its own last moment, and everything above it on its path to a root must be valid now as well. A leaf that has not ended is judged by Verify: the two ends' clocks may differ. Errors are *VerifyError.
 func VerifyExpired(chain []*x509.Certificate, bundles *Bundles, now time.Time, grace time.Duration) (*Peer, error) {
 	if err := checkSize(chain, MaxChainLength); err != nil {
 		return nil, err
@@ -38,30 +37,7 @@ func VerifyExpired(chain []*x509.Certificate, bundles *Bundles, now time.Time, g
 	case grace <= 0 || ended > grace:
 		return refuse("expired", "expired for %s; renewable for %s", ended.Round(time.Second), grace)
 	}
-	for _, c := range chain[1:] {
-		if now.Before(c.NotBefore) || now.After(c.NotAfter) {
-			return refuse("expired", "its issuer is not valid now")
-		}
-	}
-	held := bundles.Get(id.TrustDomain())
-	if held == nil {
-		return nil, &VerifyError{Reason: "unknown_trust_domain", ID: id}
-	}
-	var roots []*x509.Certificate
-	for _, r := range held.Roots() {
-		if !now.Before(r.NotBefore) && !now.After(r.NotAfter) {
-			roots = append(roots, r)
-		}
-	}
-	valid, err := NewBundle(held.TrustDomain(), roots, held.Sequence())
-	if err != nil {
-		return refuse("untrusted", "%w", err)
-	}
-	only, err := NewBundles(valid)
-	if err != nil {
-		return refuse("untrusted", "%w", err)
-	}
-	return Verify(chain, only, leaf.NotAfter)
+	return verify(chain, bundles, leaf.NotAfter, now)
 }
 
 // RenewServerTLS is the configuration of a listener for ALPNRenew: the server proves its identity, and the client presents one that

@@ -57,7 +57,7 @@ func TestVerifyExpired(t *testing.T) {
 		{"not yet valid", []*x509.Certificate{issuer.leaf(web, ends(now.Add(time.Second), now.Add(time.Hour))), issuer.cert}, grace, "not_yet_valid"},
 		{"ended before it began", []*x509.Certificate{issuer.leaf(web, ends(now.Add(-time.Hour), now.Add(-2*time.Hour))), issuer.cert}, grace, "expired"},
 		{"its issuer has ended, too", []*x509.Certificate{short.leaf(web, ended(time.Hour)), short.cert}, grace, "expired"},
-		{"its root has ended, too", []*x509.Certificate{oldIssuer.leaf(web, ended(time.Hour)), oldIssuer.cert}, grace, "untrusted"},
+		{"its root has ended, too", []*x509.Certificate{oldIssuer.leaf(web, ended(time.Hour)), oldIssuer.cert}, grace, "expired"},
 		{"signed by a stranger", []*x509.Certificate{stranger.leaf(web, ended(time.Hour))}, grace, "untrusted"},
 		{"of another trust domain", []*x509.Certificate{issuer.leaf("spiffe://b.mesh/ns/shop/sa/web", ended(time.Hour)), issuer.cert}, grace, "unknown_trust_domain"},
 		{"two names", []*x509.Certificate{issuer.leaf(web, ended(time.Hour), func(c *x509.Certificate) {

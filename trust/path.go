@@ -96,16 +96,16 @@ type refusal struct {
 
 var errNoAnchor = errors.New("no root of its trust domain signed it")
 
-// verify follows the steps to a root at now, and returns the path with that root. Times are judged of the certificates of one
-// path: what is sent along for others may have ended.
-func (b *Bundle) verify(list [][]*x509.Certificate, td spiffeid.TrustDomain, now time.Time) ([]*x509.Certificate, *refusal) {
+// verify follows the steps to a root at now, the leaf as of leafAt, and returns the path with that root. Times are judged of the
+// certificates of one path: what is sent along for others may have ended.
+func (b *Bundle) verify(list [][]*x509.Certificate, td spiffeid.TrustDomain, leafAt, now time.Time) ([]*x509.Certificate, *refusal) {
 	why := &refusal{"untrusted", errNoAnchor}
 	routes, late := b.routes(list, now)
 	if late != nil {
 		why = late
 	}
 	for _, r := range routes {
-		path, err := r.follow(b, td, now)
+		path, err := r.follow(b, td, leafAt)
 		if err == nil {
 			return path, nil
 		}
@@ -166,7 +166,7 @@ func below(list [][]*x509.Certificate, top *x509.Certificate, now time.Time) []*
 }
 
 func (r route) checkTimes(root *x509.Certificate, now time.Time) *refusal {
-	for _, c := range append(r.path[:len(r.path):len(r.path)], root) {
+	for _, c := range append(r.path[1:len(r.path):len(r.path)], root) { // the leaf has been judged
 		if err := valid(c, now); err != nil {
 			return err
 		}
@@ -206,14 +206,15 @@ func (b *Bundle) anchors(i int, c *x509.Certificate, tried *int) bool {
 	return true
 }
 
-// follow checks every signature of the path, its lengths and constraints, and returns it with the root.
-func (r route) follow(b *Bundle, td spiffeid.TrustDomain, now time.Time) ([]*x509.Certificate, error) {
+// follow checks every signature of the path, its lengths and constraints, and returns it with the root. What stands above the
+// leaf has been judged at the present time already.
+func (r route) follow(b *Bundle, td spiffeid.TrustDomain, leafAt time.Time) ([]*x509.Certificate, error) {
 	between := x509.NewCertPool()
 	for _, c := range r.path[1:] {
 		between.AddCert(c)
 	}
 	paths, err := r.path[0].Verify(x509.VerifyOptions{
-		Roots: b.pools[r.root], Intermediates: between, CurrentTime: now, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		Roots: b.pools[r.root], Intermediates: between, CurrentTime: leafAt, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
 		return nil, err

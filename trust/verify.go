@@ -64,6 +64,11 @@ type Peer struct {
 // Cheap rules come first. A stranger costs one signature check: a root must have signed a certificate of the chain before
 // anything else about signatures is looked at.
 func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, error) {
+	return verify(chain, bundles, now, now)
+}
+
+// verify is Verify with the leaf as of another time.
+func verify(chain []*x509.Certificate, bundles *Bundles, leafAt, now time.Time) (*Peer, error) {
 	if err := checkSize(chain, MaxChainLength); err != nil {
 		return nil, err
 	}
@@ -81,7 +86,7 @@ func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, 
 	if err := checkKey(leaf); err != nil {
 		return refuse("bad_usage", err)
 	}
-	if late := valid(leaf, now); late != nil {
+	if late := valid(leaf, leafAt); late != nil {
 		return refuse(late.reason, late.err)
 	}
 	for _, c := range chain[1:] {
@@ -97,7 +102,7 @@ func Verify(chain []*x509.Certificate, bundles *Bundles, now time.Time) (*Peer, 
 	if bundle == nil {
 		return refuse("unknown_trust_domain", nil)
 	}
-	path, why := bundle.verify(list, id.TrustDomain(), now)
+	path, why := bundle.verify(list, id.TrustDomain(), leafAt, now)
 	if why != nil {
 		return refuse(why.reason, why.err)
 	}
