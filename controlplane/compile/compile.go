@@ -78,6 +78,7 @@ type Peer struct {
 	Gateways    []*controlpb.GatewayRecord
 	Catalog     *Catalog // nil: none yet
 	Tunnel      Tunnel   // the best one
+	Denied      []Denied // of its own trust domain; others are not listened to
 }
 
 // Catalog is what a peer offers us, verified.
@@ -100,10 +101,11 @@ type Tunnel struct {
 	Transport string
 }
 
-// Denied is a withdrawn identity.
+// Denied is a withdrawn identity, of this cluster or as a peer says of its own.
 type Denied struct {
-	ID     spiffeid.ID
-	Reason string
+	ID           spiffeid.ID
+	Reason       string
+	IssuedBefore time.Time // zero: withdrawn altogether; else only certificates issued before
 }
 
 // Output is what Compile made.

@@ -129,14 +129,35 @@ type instance struct {
 	number int32
 }
 
+// indexDenied says to every proxy whom it must not talk to. Nobody withdraws an identity of another trust domain.
 func (r *run) indexDenied() {
 	for _, d := range r.in.Denied {
-		if d.ID.IsZero() {
+		if d.ID.IsZero() || d.ID.TrustDomain() != r.in.Self.TrustDomain {
 			continue
 		}
-		r.denied[d.ID] = true
-		r.put(controlpb.TypeDenied, d.ID.String(), &controlpb.Denied{SpiffeId: d.ID.String(), Reason: d.Reason})
+		r.putDenied(d)
+		if d.IssuedBefore.IsZero() {
+			r.denied[d.ID] = true // else it may be here again, with a new certificate
+		}
 	}
+	for i := range r.in.Peers {
+		p := &r.in.Peers[i]
+		for _, d := range p.Denied {
+			if d.ID.TrustDomain() != p.TrustDomain || p.TrustDomain == r.in.Self.TrustDomain {
+				r.problem("peer %s withdraws %s, which is not its own: it is not listened to", p.Cluster, d.ID)
+				continue
+			}
+			r.putDenied(d)
+		}
+	}
+}
+
+func (r *run) putDenied(d Denied) {
+	m := &controlpb.Denied{SpiffeId: d.ID.String(), Reason: d.Reason}
+	if !d.IssuedBefore.IsZero() {
+		m.IssuedBeforeMs = d.IssuedBefore.UnixMilli()
+	}
+	r.put(controlpb.TypeDenied, d.ID.String(), m)
 }
 
 func (r *run) indexPeers() {
