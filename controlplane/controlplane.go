@@ -141,6 +141,7 @@ func (c *ControlPlane) open() (err error) {
 	c.metrics = metric.New(metric.Config{Role: "controlplane", Version: version.String(), Process: true})
 	c.registry = withdrawal.New(withdrawal.Config{Now: c.now})
 	c.source = trust.NewSource(trust.SourceConfig{Now: c.now, Logger: c.log})
+	c.source.SetWithdrawn(c.judgePeer)
 	bundles, err := trust.NewBundles(c.issuer.Bundle())
 	if err != nil {
 		return err
@@ -343,7 +344,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	c.addrs.Listen = inner.Addr().String()
 	reg := &register.Server{
 		Tokens: c.tokens, Bundle: c.issuer.Bundle, Cluster: c.facts.Cluster, Federation: c.facts.Federation, Logger: c.log, Now: c.now,
-		Sign: func(csr []byte, id spiffeid.ID) ([][]byte, error) { return c.issuer.IssueCSR(csr, id, c.cfg.SVIDTTL) },
+		Sign: c.issueAtRegistration,
 	}
 	refused := c.metrics.Counter("strait_handshakes_refused_total", "Connections to the control plane that were turned away.", "reason")
 	l, err := identity.Open(inner, identity.ListenerConfig{
@@ -354,7 +355,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	if err != nil {
 		return server{}, errors.Join(err, inner.Close())
 	}
-	ids, err := identity.New(identity.Config{Signer: c.issuer, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, TTL: c.cfg.SVIDTTL, Logger: c.log})
+	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, TTL: c.cfg.SVIDTTL, Logger: c.log})
 	if err != nil {
 		return server{}, errors.Join(err, l.Close())
 	}

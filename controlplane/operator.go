@@ -5,6 +5,7 @@ package controlplane
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -216,9 +217,15 @@ func (o *operator) registration(g register.Grant, ttlSeconds int64) (*controlpb.
 		return nil, wire.ToStatus(problem.New(problem.Usage, "a token lives at most %s", maxTokenTTL))
 	}
 	g.Region, g.Zone = o.c.facts.Region, o.c.facts.Zone
-	tok, err := o.c.tokens.Issue(g, ttl)
-	if err != nil {
+	if err := o.c.mayIssue(g.SPIFFEID); err != nil {
 		return nil, wire.ToStatus(err)
+	}
+	tok, err := o.c.tokens.Issue(g, ttl)
+	if err == nil {
+		err = o.c.mayIssue(g.SPIFFEID) // withdrawn meanwhile: that has not revoked this token
+	}
+	if err != nil {
+		return nil, wire.ToStatus(errors.Join(err, o.c.tokens.RevokeFor(g.SPIFFEID)))
 	}
 	sum := o.c.issuer.Bundle().Hash()
 	tok.BundleSHA256 = sum[:]
@@ -293,7 +300,10 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 	if err != nil {
 		return nil, wire.ToStatus(problem.New(problem.Usage, "name: %v", err))
 	}
-	chain, err := c.issuer.IssueCSR(req.CsrDer, id, ttl)
+	chain, err := guardedIssuer{c}.IssueCSR(req.CsrDer, id, ttl)
+	if problem.Is(err, problem.IdentityWithdrawn) {
+		return nil, wire.ToStatus(err)
+	}
 	if err != nil {
 		return nil, wire.ToStatus(problem.New(problem.Usage, "%v", err))
 	}

@@ -20,6 +20,7 @@ import (
 	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -112,7 +113,7 @@ func (c *ControlPlane) allowAPIClient(leaf *x509.Certificate) error {
 	if err != nil {
 		return err
 	}
-	if reason, denied := c.denied.Denied(id); denied {
+	if reason, denied := c.denied.Denied(id, trust.Issued(leaf)); denied {
 		return fmt.Errorf("%s was withdrawn: %s", id, reason)
 	}
 	for _, g := range leaf.Subject.Organization {

@@ -14,7 +14,6 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/internal/peercred"
-	"github.com/strait-mesh/strait/trust/withdrawal"
 )
 
 // listenLocal opens the data directory's sockets: their user is admin.
@@ -108,10 +107,7 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 func (c *ControlPlane) denyLoop(ctx context.Context) error {
 	for {
 		changed := c.denied.Changed()
-		c.registry.Judge(func(s withdrawal.Subject) (string, bool) {
-			reason, denied := c.denied.Denied(s.Identity)
-			return reason, !denied
-		})
+		c.registry.Judge(c.judgeSubject)
 		c.discovery.Judge()
 		select {
 		case <-ctx.Done():

@@ -39,7 +39,7 @@ type Signer interface {
 type Config struct {
 	Signer Signer               // required
 	Bundle func() *trust.Bundle // of the own trust domain; required
-	Denied func(spiffeid.ID) (reason string, denied bool)
+	Denied func(id spiffeid.ID, issued time.Time) (reason string, denied bool)
 	TTL    time.Duration // DefaultTTL
 	// Renewed hears of each identity issued, before it is answered. nil: nobody does.
 	Renewed func(Renewal)
@@ -87,8 +87,8 @@ func (s *Server) Renew(ctx context.Context, q *controlpb.RenewRequest) (*control
 		return nil, status.Error(codes.Unauthenticated, "no verified identity")
 	}
 	if s.cfg.Denied != nil {
-		if reason, denied := s.cfg.Denied(peer.ID); denied {
-			return nil, wire.ToStatus(problem.New(problem.TrustRefused, "%s was withdrawn: %s", peer.ID, reason))
+		if reason, denied := s.cfg.Denied(peer.ID, peer.Issued()); denied {
+			return nil, wire.ToStatus(problem.New(problem.IdentityWithdrawn, "%s was withdrawn", peer.ID).WithWhy("%s", reason))
 		}
 	}
 	if len(q.GetCsrDer()) == 0 || len(q.GetCsrDer()) > maxCSR {
@@ -98,6 +98,9 @@ func (s *Server) Renew(ctx context.Context, q *controlpb.RenewRequest) (*control
 		return nil, status.Errorf(codes.InvalidArgument, "a name of %d bytes", len(q.GetProxy()))
 	}
 	chain, err := s.cfg.Signer.IssueCSR(q.GetCsrDer(), peer.ID, s.cfg.TTL)
+	if problem.Is(err, problem.IdentityWithdrawn) {
+		return nil, wire.ToStatus(err)
+	}
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}

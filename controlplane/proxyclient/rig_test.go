@@ -240,7 +240,7 @@ func eventually(t *testing.T, what string, cond func() bool) {
 
 // judge is what a control plane judges connections by.
 func (c *cluster) judge(s withdrawal.Subject) (string, bool) {
-	reason, denied := c.denied.Denied(s.Identity)
+	reason, denied := c.denied.Denied(s.Identity, s.Issued)
 	return reason, !denied
 }
 

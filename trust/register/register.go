@@ -182,6 +182,9 @@ func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]
 	if err == nil && len(chain) == 0 {
 		err = errors.New("no certificate was issued")
 	}
+	if err == nil {
+		err = s.Tokens.stands(req.TokenId)
+	}
 	return grant, chain, err
 }
 
