@@ -48,7 +48,7 @@ func TestSiblings(t *testing.T) {
 	ended, soon := life(t0.Add(-2*time.Hour), t0.Add(-time.Hour)), life(t0.Add(time.Hour), t0.Add(2*time.Hour))
 	leafKey := newKey(t)
 	leaf := signed(t, leafTemplate(web, nil), i2.cert, leafKey.Public(), i2.key)
-	leafTwin := r1.again(&authority{t, leaf, leafKey}) // the leaf's subject and key, as a CA
+	leafTwin := i2.again(&authority{t, leaf, leafKey}) // the leaf's subject and key, as a CA
 	chain := func(list ...*authority) []*x509.Certificate {
 		out := []*x509.Certificate{leaf}
 		for _, a := range list {
@@ -153,6 +153,12 @@ func TestSiblingEnds(t *testing.T) {
 		p, err := trust.Verify(id.Chain, roots(t, "a.mesh", tt.know...), t0)
 		if err != nil || !p.NotAfter.Equal(t0.Add(tt.want)) {
 			t.Errorf("%s: %+v, %v; want the end after %v", name, p, err, tt.want)
+		}
+	}
+	short := r2.issuer("issuer", life(t0.Add(-time.Hour), t0.Add(10*time.Minute)))
+	for _, chain := range [][]*authority{nil, {r1.again(short, life(t0.Add(-time.Hour), t0.Add(5*time.Minute)))}} {
+		if got := short.identity(web, t0.Add(30*time.Minute), chain...); !got.NotAfter.Equal(t0.Add(10 * time.Minute)) {
+			t.Errorf("an identity below an issuer that ends first ends at %v, with %d siblings", got.NotAfter, len(chain))
 		}
 	}
 	data, err := id.MarshalPEM()
