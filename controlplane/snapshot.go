@@ -165,7 +165,7 @@ func (c *ControlPlane) input(last compile.LastGood) compile.Input {
 		}
 	}
 	for id, d := range c.denied.All() {
-		in.Denied = append(in.Denied, compile.Denied{ID: id, Reason: d.Reason})
+		in.Denied = append(in.Denied, compile.Denied{ID: id, Reason: d.Reason, IssuedBefore: d.IssuedBefore})
 	}
 	return in
 }
@@ -194,6 +194,7 @@ func peerInput(p *federate.Peer) (compile.Peer, bool) {
 	out := compile.Peer{
 		TrustDomain: p.TrustDomain, Cluster: p.Cluster, Federation: p.Federation, Region: p.Region, Ready: p.Ready(),
 		Sameness: p.Sameness, Bundle: p.Bundle.Marshal(), BundleSeq: p.Bundle.Sequence(), Gateways: p.Gateways,
+		Denied: deniedInput(p),
 	}
 	for _, t := range p.Tunnels {
 		rtt := time.Duration(t.RttSeconds * float64(time.Second))

@@ -173,7 +173,9 @@ func (m *Manager) decide(claim *join.Claim) (*join.Verdict, error) {
 func (m *Manager) fill(r *record, c *join.Counterpart) {
 	r.Cluster, r.Federation, r.Region, r.Version = c.Cluster, c.Federation, c.Region, c.Version
 	r.SkewMillis = c.Skew.Milliseconds()
-	r.Bundle, r.BundleHash = c.Bundle.Marshal(), hexHash(c.Bundle.Hash())
+	if err := r.proveBundle(c.Bundle, m.now()); err != nil {
+		m.alarmLocked("bundle_rollback", c.Cluster, "in a join: "+err.Error()+"; the one that is held stays")
+	}
 	r.Gateways = gatewaysIn(c.Gateways)
 	r.stage("trust")
 	if r.trusted() {

@@ -60,17 +60,21 @@ func (m *Manager) addresses(h *controlpb.GatewayHello) []string {
 	return h.GetAdvertise()
 }
 
-// ownRecordsLocked are the own gateways as peers are told of them.
+// ownRecordsLocked are the own gateways as peers are told of them; withdrawn ones are not.
 func (m *Manager) ownRecordsLocked() []*controlpb.GatewayRecord {
 	var out []*controlpb.GatewayRecord
 	for _, name := range sortedKeys(m.gateways) {
 		h := m.gateways[name].hello
+		if id, err := spiffeid.Gateway(m.cfg.TrustDomain, name); err == nil && m.evicted[id] {
+			continue
+		}
 		out = append(out, &controlpb.GatewayRecord{Name: name, Addresses: m.addresses(h), Zone: h.GetZone()})
 	}
 	return out
 }
 
-// refreshOffersLocked gives the origin what each peer may see: gateway records once it is approved, services once it is ready.
+// refreshOffersLocked gives the origin what each peer may see: gateway records, and what there is about trust, once it is approved,
+// services once it is ready.
 func (m *Manager) refreshOffersLocked() {
 	records := map[string][]byte{}
 	for _, r := range m.ownRecordsLocked() {
@@ -83,6 +87,7 @@ func (m *Manager) refreshOffersLocked() {
 			continue
 		}
 		entries := maps.Clone(records)
+		m.trustEntriesLocked(p, entries)
 		if p.rec.State == StateReady {
 			maps.Copy(entries, m.offers[td])
 		}
@@ -267,6 +272,10 @@ func (m *Manager) apply(td spiffeid.TrustDomain, u *controlpb.CatalogUpdate) err
 			m.alarmLocked(kind, p.rec.Cluster, text)
 		}
 		p.refused = text
+	}
+	if err == nil {
+		m.takeBundleLocked(td)
+		m.checkSeenLocked(td)
 	}
 	if v := m.store.View(td); err == nil && res.Changed && v != nil && len(v.Gateways) > 0 {
 		if uerr := m.updateLocked(td, func(r *record) error {

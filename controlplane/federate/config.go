@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/federation/catalog"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -43,6 +44,14 @@ type Config struct {
 	Introducers func() []federation.ClusterName
 	// Reserved names no newcomer may take, beside those known; nil: none.
 	Reserved func() []federation.ClusterName
+
+	// Acked returns the sequence of td's bundle that every live proxy of ours has acknowledged; nil, or not ok: not known. Denied
+	// are the identities of this cluster that are withdrawn; nil: none. Neither may call the Manager, but for View.
+	Acked  func(td spiffeid.TrustDomain) (sequence uint64, ok bool)
+	Denied func() []catalog.Denial
+	// BundleChanged, AckedChanged and DeniedChanged return a channel that is closed when Bundle, Acked or Denied would answer
+	// something else; they are called again after each. nil: looked at each second.
+	BundleChanged, AckedChanged, DeniedChanged func() <-chan struct{}
 
 	CatalogTTL    time.Duration // of own heads; 0: catalog.DefaultTTL
 	AllowLoopback bool          // accept loopback addresses of peers' gateways (one-machine demos and tests)
@@ -79,6 +88,12 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Reserved == nil {
 		c.Reserved = func() []federation.ClusterName { return nil }
+	}
+	if c.Acked == nil {
+		c.Acked = func(spiffeid.TrustDomain) (uint64, bool) { return 0, false }
+	}
+	if c.Denied == nil {
+		c.Denied = func() []catalog.Denial { return nil }
 	}
 	setDefault(&c.ProbeEvery, 500*time.Millisecond)
 	setDefault(&c.JoinExpiry, 24*time.Hour)

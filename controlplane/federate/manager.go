@@ -20,6 +20,7 @@ import (
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/federation/catalog"
 	"github.com/strait-mesh/strait/federation/join"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -67,6 +68,12 @@ type Manager struct {
 	offers   map[spiffeid.TrustDomain]map[string][]byte
 	offered  map[spiffeid.TrustDomain]string // fingerprint of what the origin was given
 	alarms   []Alarm
+
+	own         *trust.Bundle // that bundleEntry is of
+	bundleEntry []byte
+	denied      []catalog.Denial // that denials and evicted are of
+	denials     map[string][]byte
+	evicted     map[spiffeid.ID]bool // own identities that are withdrawn altogether
 }
 
 // gateway is an own gateway, linked or remembered.
@@ -144,6 +151,11 @@ func New(cfg Config) (*Manager, error) {
 	m.builtins()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.setOwnLocked(cfg.Bundle())
+	m.setDeniedLocked(m.ownDenials())
+	for _, td := range m.domainsLocked() {
+		m.takeBundleLocked(td)
+	}
 	m.changedLocked()
 	return m, nil
 }
@@ -213,6 +225,7 @@ func (m *Manager) Run(ctx context.Context) error {
 	m.spawn(m.runOrigin)
 	m.spawn(m.runSigned)
 	m.spawn(m.runTicks)
+	m.spawn(m.runTrust)
 	m.spawn(m.runIntroductions)
 	if m.cfg.Objects != nil {
 		m.spawn(m.runMirror)
@@ -272,6 +285,7 @@ func (m *Manager) runTicks() {
 	for {
 		select {
 		case <-t.C:
+			m.refreshTrust()
 			m.tick()
 		case <-m.ctx.Done():
 			return
@@ -394,6 +408,7 @@ func (m *Manager) updateLocked(td spiffeid.TrustDomain, f func(r *record) error)
 			p.bundle = old.bundle // the same pointer: nothing changed for readers
 		}
 		p.headAsked, p.refused, p.lastUp, p.busy, p.next, p.delay = old.headAsked, old.refused, old.lastUp, old.busy, old.next, old.delay
+		p.bundleErr, p.aheadOfUs = old.bundleErr, old.aheadOfUs
 		if old.rec.State != rec.State {
 			p.next, p.delay = time.Time{}, 0
 		}

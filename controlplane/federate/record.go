@@ -47,8 +47,13 @@ type record struct {
 	State      State           `json:"state"`
 	Bundle     json.RawMessage `json:"bundle,omitempty"` // JWKS; none until exchanged
 	BundleHash string          `json:"bundleHash"`
-	Gateways   []gatewayRecord `json:"gateways,omitempty"`
-	Sameness   []string        `json:"sameness,omitempty"`
+
+	BundleSource string      `json:"bundleSource,omitempty"` // join, catalog
+	BundleAt     time.Time   `json:"bundleAt,omitzero"`      // when it came
+	Seen         *storedSeen `json:"seen,omitempty"`         // which bundle of it all our proxies have acknowledged
+
+	Gateways []gatewayRecord `json:"gateways,omitempty"`
+	Sameness []string        `json:"sameness,omitempty"`
 
 	TokenID      string                 `json:"tokenId,omitempty"`
 	IntroducedBy federation.ClusterName `json:"introducedBy,omitempty"`
@@ -61,6 +66,11 @@ type record struct {
 	Since    time.Time `json:"since"`
 	Joined   time.Time `json:"joined,omitzero"`
 	Expires  time.Time `json:"expires,omitzero"`
+}
+
+type storedSeen struct {
+	Sequence uint64 `json:"sequence"`
+	Hash     string `json:"hash"`
 }
 
 type gatewayRecord struct {
@@ -93,9 +103,10 @@ func (r *record) clone() *record {
 	return &c
 }
 
-func (r *record) hash() [32]byte {
-	var h [32]byte
-	b, _ := hex.DecodeString(r.BundleHash)
+func (r *record) hash() [32]byte { return hashOf(r.BundleHash) }
+
+func hashOf(text string) (h [32]byte) {
+	b, _ := hex.DecodeString(text)
 	copy(h[:], b)
 	return h
 }
@@ -181,6 +192,8 @@ type peer struct {
 
 	headAsked bool   // it has told us which head of ours it holds, in this term
 	refused   string // why its last catalog update was refused
+	bundleErr string // why the bundle in its catalog was not taken
+	aheadOfUs uint64 // the sequence of ours that it holds and we do not have, once alarmed
 	lastUp    time.Time
 	busy      bool // a probe, a meeting or a head-of is under way
 	next      time.Time

@@ -53,10 +53,16 @@ type Peer struct {
 	State       State
 	Reason      string // why it is not simply ready; empty otherwise
 
-	Bundle     *trust.Bundle // nil unless joining or ready
-	BundleHash [32]byte
-	Gateways   []*controlpb.GatewayRecord
-	Sameness   []string // namespaces that we consent to; AllNamespaces
+	Bundle        *trust.Bundle // nil unless joining or ready
+	BundleHash    [32]byte
+	BundleUpdated time.Time // when the peer last confirmed it
+	BundleSource  string    // SourceJoin, SourceCatalog
+	BundleError   string    // why it could not be refreshed, or what was offered was refused; empty: all is well
+	// SeenOurs is the sequence of our bundle that every live proxy of the peer has acknowledged, 0 when it is none that we know.
+	SeenOurs uint64
+	Denied   []catalog.Denial // identities of its own that it withdrew
+	Gateways []*controlpb.GatewayRecord
+	Sameness []string // namespaces that we consent to; AllNamespaces
 
 	// what it offers us
 	Catalog   *catalog.View // nil: none received, or not ready
@@ -125,8 +131,10 @@ type Gateway struct {
 type Alarm struct {
 	At      time.Time
 	Cluster federation.ClusterName
-	Kind    string // name_taken, introduction_refused, catalog_fork, catalog_refused, token_misused, reused_name
-	Text    string
+	// name_taken, introduction_refused, catalog_fork, catalog_refused, token_misused, reused_name, bundle_rollback, bundle_fork,
+	// bundle_too_large, own_bundle_rollback
+	Kind string
+	Text string
 }
 
 // Peer returns the peer of td, or nil.

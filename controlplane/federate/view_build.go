@@ -79,7 +79,7 @@ func (m *Manager) peerViewLocked(p *peer, now time.Time) *Peer {
 		v.Expires = r.Expires
 	}
 	if r.trusted() {
-		v.Bundle = p.bundle
+		p.trustView(v, m.store.View(r.TrustDomain), m.cfg.Bundle())
 		v.Tunnels = m.tunnelsLocked(r.TrustDomain)
 		v.TunnelUp = slices.ContainsFunc(v.Tunnels, func(t Tunnel) bool { return t.GetState() == "up" })
 	}
@@ -160,7 +160,7 @@ func sameView(a, b *View) bool {
 }
 
 func sameBundle(a, b *trust.Bundle) bool {
-	return a == b || a != nil && b != nil && a.Sequence() == b.Sequence() && a.Hash() == b.Hash()
+	return a == b || a != nil && b != nil && a.Equal(b)
 }
 
 func samePeer(a, b *Peer) bool {
@@ -168,7 +168,8 @@ func samePeer(a, b *Peer) bool {
 		a.State == b.State && a.Reason == b.Reason && sameBundle(a.Bundle, b.Bundle) && a.BundleHash == b.BundleHash &&
 		a.Catalog == b.Catalog && a.Freshness == b.Freshness && a.Conflict == b.Conflict && a.Refused == b.Refused &&
 		a.TunnelUp == b.TunnelUp && a.OfferedByUs == b.OfferedByUs && a.IntroducedBy == b.IntroducedBy &&
-		a.Since.Equal(b.Since) && a.Joined.Equal(b.Joined) && a.Expires.Equal(b.Expires) && a.Version == b.Version && a.ClockSkew == b.ClockSkew &&
+		a.BundleUpdated.Equal(b.BundleUpdated) && a.BundleSource == b.BundleSource && a.BundleError == b.BundleError &&
+		a.SeenOurs == b.SeenOurs && slices.Equal(a.Denied, b.Denied) && a.Since.Equal(b.Since) && a.Joined.Equal(b.Joined) && a.Expires.Equal(b.Expires) && a.Version == b.Version && a.ClockSkew == b.ClockSkew &&
 		slices.Equal(a.Sameness, b.Sameness) && slices.Equal(a.Stages, b.Stages) && slices.Equal(a.Tunnels, b.Tunnels) &&
 		slices.EqualFunc(a.Gateways, b.Gateways, func(x, y *controlpb.GatewayRecord) bool {
 			return x.GetName() == y.GetName() && x.GetZone() == y.GetZone() && slices.Equal(x.GetAddresses(), y.GetAddresses())
