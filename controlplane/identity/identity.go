@@ -39,6 +39,7 @@ type Signer interface {
 type Config struct {
 	Signer Signer               // required
 	Bundle func() *trust.Bundle // of the own trust domain; required
+	JWT    JWTSigner            // nil: no tokens are issued
 	Denied func(id spiffeid.ID, issued time.Time) (reason string, denied bool)
 	TTL    time.Duration // DefaultTTL
 	// Renewed hears of each identity issued, before it is answered. nil: nobody does.
@@ -60,7 +61,8 @@ type Renewal struct {
 // Server renews identities.
 type Server struct {
 	controlpb.UnimplementedIdentityServer
-	cfg Config
+	cfg       Config
+	jwtLimits jwtLimits
 }
 
 // New returns a Server.

@@ -90,7 +90,7 @@ func openDoor(t *testing.T, change func(*identity.ListenerConfig)) *door {
 	}
 	d.listener, err = identity.Open(inner, cfg)
 	must(t, err)
-	ids, err := identity.New(identity.Config{Signer: d.ca, Bundle: d.ca.Bundle, Denied: d.denied.Denied})
+	ids, err := identity.New(identity.Config{Signer: d.ca, Bundle: d.ca.Bundle, JWT: d.ca, Denied: d.denied.Denied})
 	must(t, err)
 	g := grpc.NewServer(identity.ServerOptions()...)
 	ids.Register(g)
