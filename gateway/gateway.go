@@ -77,6 +77,7 @@ func New(cfg Config) (*Gateway, error) {
 		imports: catalog.NewCache(0, 0), pulls: make(map[spiffeid.TrustDomain]*pull),
 	}
 	g.view.Store(newView())
+	cfg.Client.Source().SetWithdrawn(g.judgePeer)
 	_, _ = rand.Read(g.handles.secret[:])
 	g.handles.now = cfg.Now
 	g.metrics = newMetrics(cfg.Metrics, string(g.cluster), cfg.Name)
@@ -253,6 +254,9 @@ func (g *Gateway) adopt(ctx context.Context, v *view, touched changes) {
 	}
 	if touched.grants {
 		g.subscribeServices(old, v)
+	}
+	if touched.denied {
+		g.tun.Judge()
 	}
 	if touched.trust() {
 		if n := g.registry.Judge(v.judge); n > 0 {

@@ -73,7 +73,7 @@ func (g *Gateway) serveStream(ctx context.Context, s *tunnel.Session, st tunnel.
 	}
 	if callee, err := spiffeid.Parse(ep.spiffeID); err == nil {
 		defer g.registry.Add(withdrawal.Subject{Peer: in.peer, Identity: callee, Class: classCallee}, withdrawn)()
-		if _, denied := g.view.Load().denied[callee]; denied {
+		if _, denied := g.view.Load().denied.Judge(callee, time.Time{}); denied {
 			relay.Abort(conn)
 			g.refuseStream(s, st, h, refusal(preface.CodeNoHealthyInstance, "identity_withdrawn"))
 			return
@@ -129,7 +129,7 @@ func (g *Gateway) judgeHeader(from spiffeid.TrustDomain, h tunnel.Header) (*inbo
 	if _, _, ok := source.Workload(); !ok {
 		return nil, refusal(preface.CodeDenied, "source")
 	}
-	if _, denied := v.denied[source]; denied {
+	if _, denied := v.denied.Judge(source, time.Time{}); denied {
 		return nil, refusal(preface.CodeDenied, "identity_withdrawn")
 	}
 	return &inbound{peer: from, service: service, port: port, source: source, header: h}, nil

@@ -98,13 +98,10 @@ func (g *Gateway) serveLocal(ctx context.Context, c *net.TCPConn, config *tls.Co
 	}
 }
 
-// authorizeLocal admits workloads of this cluster that are not withdrawn.
+// authorizeLocal admits workloads of this cluster. Those that are withdrawn have been refused before (judgePeer).
 func (g *Gateway) authorizeLocal(id spiffeid.ID) error {
 	if _, _, ok := id.Workload(); !ok || id.TrustDomain() != g.td {
 		return fmt.Errorf("%s is not a workload of this cluster", id)
-	}
-	if reason, denied := g.view.Load().denied[id]; denied {
-		return fmt.Errorf("%s is withdrawn: %s", id, reason)
 	}
 	return nil
 }
@@ -131,6 +128,7 @@ type localSession struct {
 	g        *Gateway
 	id       preface.SessionID
 	identity spiffeid.ID
+	issued   time.Time // its certificate
 	proxy    string
 	inbound  string
 	key      []byte
@@ -207,7 +205,7 @@ func (g *Gateway) serveSession(ctx context.Context, tc *tls.Conn) error {
 	if err != nil {
 		return err
 	}
-	s := &localSession{g: g, identity: peer.ID, key: key, conn: tc, out: make(chan *controlpb.ToSidecar, 64),
+	s := &localSession{g: g, identity: peer.ID, issued: peer.Issued(), key: key, conn: tc, out: make(chan *controlpb.ToSidecar, 64),
 		dirty: make(chan struct{}, 1), conns: make(map[uint64]*outbound)}
 	_, _ = rand.Read(s.id[:])
 	hello, err := s.readHello()
@@ -216,11 +214,11 @@ func (g *Gateway) serveSession(ctx context.Context, tc *tls.Conn) error {
 	}
 	s.proxy, s.inbound = hello.Proxy, hello.InboundAddress
 	// In the registry before the view is asked: a withdrawal in between is seen by one of the two.
-	remove := g.registry.Add(withdrawal.Subject{Peer: g.td, Identity: s.identity, Class: classLocal, NotAfter: peer.NotAfter},
+	remove := g.registry.Add(withdrawal.Subject{Peer: g.td, Identity: s.identity, Issued: s.issued, Class: classLocal, NotAfter: peer.NotAfter},
 		func(string) { tc.NetConn().Close() })
 	defer remove()
-	if err := g.authorizeLocal(s.identity); err != nil {
-		return err
+	if reason, withdrawn := g.judgePeer(peer); withdrawn {
+		return fmt.Errorf("%s is withdrawn: %s", s.identity, reason)
 	}
 	_ = tc.SetDeadline(time.Time{})
 	s.send(&controlpb.ToSidecar{Message: &controlpb.ToSidecar_Welcome{Welcome: &controlpb.LocalWelcome{

@@ -74,7 +74,7 @@ func (g *Gateway) servePreface(ctx context.Context, c *net.TCPConn, first []byte
 	octx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var ended endReason
-	remove := g.registry.Add(withdrawal.Subject{Peer: o.peer.td, Identity: o.session.identity, Class: classOut,
+	remove := g.registry.Add(withdrawal.Subject{Peer: o.peer.td, Identity: o.session.identity, Issued: o.session.issued, Class: classOut,
 		Export: exportOf(o.service, string(o.port))}, func(reason string) {
 		ended.set(reason)
 		cancel()
@@ -133,7 +133,7 @@ func (g *Gateway) judgeOutbound(o *outbound) *preface.Refused {
 	if g.draining.Load() {
 		return refusal(preface.CodeDraining, "gateway_draining")
 	}
-	if _, denied := v.denied[o.session.identity]; denied {
+	if _, denied := v.denied.Judge(o.session.identity, o.session.issued); denied {
 		return refusal(preface.CodeDenied, "identity_withdrawn")
 	}
 	port, service, cluster, fed, err := federation.ParseSNI(o.preface.Authority)

@@ -48,7 +48,7 @@ func (g *Gateway) candidates(in *inbound) ([]endpoint, *preface.Refused) {
 		}
 		if id, err := spiffeid.Parse(l.SpiffeId); err != nil || id.TrustDomain() != g.td {
 			continue
-		} else if _, denied := v.denied[id]; denied {
+		} else if _, denied := v.denied.Judge(id, time.Time{}); denied {
 			continue
 		}
 		ep := endpoint{proxy: l.Proxy, address: l.InboundAddress, spiffeID: l.SpiffeId, weight: g.weight(in.service, in.port, l)}

@@ -5,6 +5,7 @@ package gateway
 import (
 	"maps"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/proto"
 
@@ -12,6 +13,7 @@ import (
 	"github.com/strait-mesh/strait/controlplane/proxyclient"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/gateway/tunnel"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 	"github.com/strait-mesh/strait/trust/withdrawal"
 )
@@ -30,7 +32,7 @@ type view struct {
 	byCluster map[federation.ClusterName]*peer
 	grants    map[grantKey]*grant
 	services  map[federation.ServiceName]*controlpb.Service
-	denied    map[spiffeid.ID]string
+	denied    withdrawal.Denials
 }
 
 type peer struct {
@@ -54,7 +56,7 @@ func newView() *view {
 	return &view{
 		peers: map[spiffeid.TrustDomain]*peer{}, byCluster: map[federation.ClusterName]*peer{},
 		grants: map[grantKey]*grant{}, services: map[federation.ServiceName]*controlpb.Service{},
-		denied: map[spiffeid.ID]string{},
+		denied: withdrawal.Denials{},
 	}
 }
 
@@ -116,7 +118,7 @@ func (v *view) apply(c proxyclient.Change, own federation.ClusterName, touched *
 		}
 		delete(v.denied, id)
 		if d, ok := c.Message.(*controlpb.Denied); ok && d != nil {
-			v.denied[id] = d.Reason
+			v.denied[id] = parseDenied(d)
 		}
 	}
 }
@@ -135,6 +137,14 @@ func parsePeer(m proto.Message, td spiffeid.TrustDomain, own federation.ClusterN
 		p.gateways = append(p.gateways, tunnel.Gateway{Name: g.Name, Addresses: g.Addresses})
 	}
 	return p
+}
+
+func parseDenied(d *controlpb.Denied) withdrawal.Denial {
+	out := withdrawal.Denial{Reason: d.Reason}
+	if d.IssuedBeforeMs != 0 {
+		out.IssuedBefore = time.UnixMilli(d.IssuedBeforeMs)
+	}
+	return out
 }
 
 // parseGrantName takes "<trust domain>/<namespace>/<name>".
@@ -189,7 +199,7 @@ func (v *view) ready(td spiffeid.TrustDomain) bool {
 
 // judge is the rule of the withdrawal registry: whether what was let in under an earlier view still stands.
 func (v *view) judge(s withdrawal.Subject) (reason string, ok bool) {
-	if _, denied := v.denied[s.Identity]; denied && !s.Identity.IsZero() {
+	if _, denied := v.denied.Judge(s.Identity, s.Issued); denied {
 		return "identity_withdrawn", false
 	}
 	switch s.Class {
@@ -207,6 +217,11 @@ func (v *view) judge(s withdrawal.Subject) (reason string, ok bool) {
 		}
 	}
 	return "", true
+}
+
+// judgePeer is the rule of every handshake of this process.
+func (g *Gateway) judgePeer(p *trust.Peer) (reason string, withdrawn bool) {
+	return g.view.Load().denied.Judge(p.ID, p.Issued())
 }
 
 // tunnelPeers is the view as the tunnel wants it.

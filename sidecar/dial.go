@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
@@ -119,7 +120,7 @@ func (s *Sidecar) dialLocal(ctx context.Context, svc *service, r *route, p *plac
 	if err != nil {
 		return nil, "", &pool.Failure{Key: want.Key, Reason: federation.TrustRefused, Err: err}
 	}
-	if reason, denied := s.isDenied(id); denied {
+	if reason, denied := s.isDenied(id, time.Time{}); denied {
 		return nil, "", &pool.Failure{Key: want.Key, Reason: federation.TrustRefused, Err: fmt.Errorf("identity withdrawn: %s", reason)}
 	}
 	t.Address, t.IDs = e.GetInboundAddress(), []spiffeid.ID{id}
@@ -146,7 +147,7 @@ func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key gr
 		if err != nil || id.TrustDomain() != td {
 			continue // a peer is believed only about its own trust domain
 		}
-		if _, denied := s.isDenied(id); denied {
+		if _, denied := s.isDenied(id, time.Time{}); denied {
 			continue
 		}
 		t.IDs = append(t.IDs, id)
@@ -300,7 +301,7 @@ func (s *Sidecar) admit(c *inner.Conn, t inner.Target, key string) (*inner.Conn,
 		})
 	}
 	reason, ok := s.judge(withdrawal.Subject{
-		Peer: c.Peer.ID.TrustDomain(), Identity: c.Peer.ID, Export: t.Export, Class: withdrawal.Outbound,
+		Peer: c.Peer.ID.TrustDomain(), Identity: c.Peer.ID, Export: t.Export, Class: withdrawal.Outbound, Issued: c.Peer.Issued(),
 	})
 	if !ok {
 		c.Close()

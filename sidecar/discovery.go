@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/proxyclient"
@@ -69,7 +70,11 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 		next := maps.Clone(*s.denied.Load())
 		delete(next, id)
 		if m, ok := c.Message.(*controlpb.Denied); ok && m != nil {
-			next[id] = m.GetReason()
+			d := withdrawal.Denial{Reason: m.GetReason()}
+			if ms := m.GetIssuedBeforeMs(); ms != 0 {
+				d.IssuedBefore = time.UnixMilli(ms)
+			}
+			next[id] = d
 		}
 		s.denied.Store(&next)
 	}
@@ -180,9 +185,9 @@ func (s *Sidecar) applyGateway(name string, m *controlpb.Gateway) error {
 	return nil
 }
 
-func (s *Sidecar) isDenied(id spiffeid.ID) (reason string, denied bool) {
-	reason, denied = (*s.denied.Load())[id]
-	return reason, denied
+// isDenied reports whether a certificate of id issued at that time was withdrawn; the zero time asks by name alone.
+func (s *Sidecar) isDenied(id spiffeid.ID, issued time.Time) (reason string, denied bool) {
+	return s.denied.Load().Judge(id, issued)
 }
 
 // judgeAll judges every connection again.
@@ -194,7 +199,7 @@ func (s *Sidecar) judgeAll() {
 
 // judge says whether what a connection was allowed by still stands.
 func (s *Sidecar) judge(sub withdrawal.Subject) (reason string, ok bool) {
-	if _, denied := s.isDenied(sub.Identity); denied {
+	if _, denied := s.isDenied(sub.Identity, sub.Issued); denied {
 		return "identity withdrawn", false
 	}
 	if s.source.Bundles().Get(sub.Peer) == nil {

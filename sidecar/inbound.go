@@ -160,7 +160,7 @@ func (in *inbound) newPort(ip *controlpb.InboundPort) (*port, error) {
 
 // authorize judges an identity inside the handshake: withdrawn ones, and whoever could do nothing on this port.
 func (in *inbound) authorize(p *port, id spiffeid.ID) error {
-	if reason, denied := in.s.isDenied(id); denied {
+	if reason, denied := in.s.isDenied(id, time.Time{}); denied {
 		return fmt.Errorf("identity withdrawn: %s", reason)
 	}
 	if p.engine != nil {
@@ -175,7 +175,7 @@ func (in *inbound) authorize(p *port, id spiffeid.ID) error {
 }
 
 func (in *inbound) authorizeCall(p *port, c sidecarhttp.Call) *sidecarhttp.Refusal {
-	if _, denied := in.s.isDenied(c.Peer); denied {
+	if _, denied := in.s.isDenied(c.Peer, time.Time{}); denied {
 		return &sidecarhttp.Refusal{Reason: federation.TrustRefused, Code: problem.TrustRefused, Message: "identity withdrawn"}
 	}
 	v := p.policy.Load().Judge(access.Request{Caller: c.Peer, HTTP: true, Method: c.Method, Path: c.Path})
@@ -264,7 +264,7 @@ func (in *inbound) serve(raw net.Conn) {
 		relay.Abort(raw)
 	}
 	subject := withdrawal.Subject{
-		Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: p.sni, Class: withdrawal.Inbound, NotAfter: peer.NotAfter,
+		Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: p.sni, Class: withdrawal.Inbound, Issued: peer.Issued(), NotAfter: peer.NotAfter,
 	}
 	if own := in.s.source.Identity(); own != nil && own.NotAfter.Before(subject.NotAfter) {
 		subject.NotAfter = own.NotAfter // neither end outlives what it has proven

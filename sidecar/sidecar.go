@@ -22,7 +22,7 @@ import (
 	"github.com/strait-mesh/strait/sidecar/inner"
 	"github.com/strait-mesh/strait/sidecar/local"
 	"github.com/strait-mesh/strait/trust"
-	"github.com/strait-mesh/strait/trust/spiffeid"
+	"github.com/strait-mesh/strait/trust/withdrawal"
 
 	sidecarhttp "github.com/strait-mesh/strait/sidecar/http"
 )
@@ -47,7 +47,7 @@ type Sidecar struct {
 	place     atomic.Pointer[place]
 	selfOnce  sync.Once
 	selfReady chan struct{}
-	denied    atomic.Pointer[map[spiffeid.ID]string]
+	denied    atomic.Pointer[withdrawal.Denials]
 	gateways  atomic.Pointer[map[string]local.Gateway]
 	peers     atomic.Pointer[map[string]string] // cluster by trust domain
 	audited   atomic.Int64                      // when an audited denial was last logged, Unix nanoseconds
@@ -89,7 +89,8 @@ func New(cfg Config) (*Sidecar, error) {
 		judgeWake: make(chan struct{}, 1), healthWake: make(chan struct{}, 1), stop: make(chan struct{}),
 		inners: map[*inner.Conn]struct{}{},
 	}
-	s.denied.Store(&map[spiffeid.ID]string{})
+	s.denied.Store(&withdrawal.Denials{})
+	s.source.SetWithdrawn(func(p *trust.Peer) (string, bool) { return s.isDenied(p.ID, p.Issued()) })
 	s.gateways.Store(&map[string]local.Gateway{})
 	s.peers.Store(&map[string]string{})
 	s.connCtx, s.cutConns = context.WithCancel(context.Background())

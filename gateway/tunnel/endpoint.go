@@ -272,7 +272,6 @@ func (e *Endpoint) SetPeers(peers []Peer) {
 	for _, p := range peers {
 		next[p.TrustDomain] = p
 	}
-	var gone []*Session
 	e.mu.Lock()
 	for td, p := range next {
 		if old, ok := e.peers[td]; !ok || !old.equal(p) {
@@ -284,18 +283,37 @@ func (e *Endpoint) SetPeers(peers []Peer) {
 		}
 	}
 	e.peers = next
+	e.syncDialersLocked()
+	e.mu.Unlock()
+	e.Judge()
+}
+
+// Judge looks at every session again, after something has changed that Source.Verify answers from: sessions with a trust domain
+// that is no peer, and those whose far gateway does not verify any more, end at once. Those that are being made are looked at when
+// they are complete.
+func (e *Endpoint) Judge() {
+	var gone []*Session
+	e.mu.Lock()
 	for s := range e.sessions {
-		_, known := next[s.Peer()]
-		if _, err := e.cfg.Source.Verify(s.control.state().PeerCertificates); !known || err != nil {
+		if e.judgeLocked(s) != nil {
 			gone = append(gone, s)
 		}
 	}
-	e.syncDialersLocked()
 	e.mu.Unlock()
 	for _, s := range gone {
 		s.fail(ErrWithdrawn)
 	}
 	e.changed()
+}
+
+func (e *Endpoint) judgeLocked(s *Session) error {
+	if _, known := e.peers[s.Peer()]; !known {
+		return ErrWithdrawn
+	}
+	if _, err := e.cfg.Source.Verify(s.control.state().PeerCertificates); err != nil {
+		return fmt.Errorf("%w: %w", ErrWithdrawn, err)
+	}
+	return nil
 }
 
 func (e *Endpoint) peer(td spiffeid.TrustDomain) (Peer, bool) {
@@ -406,9 +424,9 @@ func (e *Endpoint) Draining() bool {
 // add enters an established session and serves it on a goroutine of its own.
 func (e *Endpoint) add(s *Session) error {
 	e.mu.Lock()
-	if _, ok := e.peers[s.Peer()]; !ok {
+	if err := e.judgeLocked(s); err != nil {
 		e.mu.Unlock()
-		return ErrWithdrawn
+		return err
 	}
 	ctx := e.runCtx
 	if !e.goLocked(func() { e.runSession(ctx, s) }) {

@@ -201,7 +201,7 @@ func (d *Dialer) finish(conn *tls.Conn, counted *countConn, pc *preface.Conn, t 
 	}
 	if d.Enter != nil {
 		c.remove = d.Enter(withdrawal.Subject{
-			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: t.Export, Class: withdrawal.Outbound, NotAfter: c.Until,
+			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Export: t.Export, Class: withdrawal.Outbound, Issued: peer.Issued(), NotAfter: c.Until,
 		}, peer, c.Withdraw)
 	}
 	return c, nil

@@ -179,7 +179,7 @@ func (s *Set) greet(ctx context.Context, g Gateway, conn *tls.Conn) (*Session, e
 	session.rotateIn = max(until.Sub(s.cfg.Now())/2, time.Second)
 	if s.cfg.Enter != nil {
 		session.remove = s.cfg.Enter(withdrawal.Subject{
-			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: withdrawal.LocalSession, NotAfter: until,
+			Peer: peer.ID.TrustDomain(), Identity: peer.ID, Class: withdrawal.LocalSession, Issued: peer.Issued(), NotAfter: until,
 		}, peer, session.end)
 	}
 	return session, nil
