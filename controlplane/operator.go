@@ -221,11 +221,11 @@ func (o *operator) registration(g register.Grant, ttlSeconds int64) (*controlpb.
 		return nil, wire.ToStatus(err)
 	}
 	tok, err := o.c.tokens.Issue(g, ttl)
-	if err == nil {
-		err = o.c.mayIssue(g.SPIFFEID) // withdrawn meanwhile: that has not revoked this token
-	}
 	if err != nil {
-		return nil, wire.ToStatus(errors.Join(err, o.c.tokens.RevokeFor(g.SPIFFEID)))
+		return nil, wire.ToStatus(err)
+	}
+	if err := o.c.mayIssue(g.SPIFFEID); err != nil { // withdrawn meanwhile, which may have missed this token
+		return nil, wire.ToStatus(errors.Join(err, o.c.tokens.Revoke(tok.ID)))
 	}
 	sum := o.c.issuer.Bundle().Hash()
 	tok.BundleSHA256 = sum[:]
