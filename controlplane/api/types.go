@@ -65,6 +65,23 @@ type FederationSpec struct {
 	GatewayAddresses []string `json:"gatewayAddresses,omitempty"` // written into join tokens
 	Introducers      []string `json:"introducers,omitempty"`      // clusters whose introductions are accepted without approval
 	Drain            []Drain  `json:"drain,omitempty"`            // for every service
+	// TrustDomains are foreign ones, of no members, whose identities AccessPolicy rules may name.
+	TrustDomains []TrustDomain `json:"trustDomains,omitempty"`
+}
+
+// TrustDomain is a foreign trust domain: where its bundle comes from. Following it lets nobody call; AccessPolicy rules do.
+type TrustDomain struct {
+	Name     string          `json:"name"`
+	Endpoint *BundleEndpoint `json:"endpoint,omitempty"`
+	// Bundle is a SPIFFE bundle document (JSON) to begin with, or all there is where Endpoint is absent.
+	Bundle string `json:"bundle,omitempty"`
+}
+
+// BundleEndpoint is where a trust domain publishes its bundle (SPIFFE Federation).
+type BundleEndpoint struct {
+	URL      string `json:"url"`
+	Profile  string `json:"profile"`            // https_web, https_spiffe
+	SPIFFEID string `json:"spiffeID,omitempty"` // of the endpoint, for https_spiffe
 }
 
 // Drain takes traffic away from a cluster. Where the cluster is the own one, it is an owner's fact for all callers of the
@@ -250,10 +267,12 @@ type AccessRule struct {
 }
 
 // AccessFrom names callers exactly: these service accounts ("<namespace>/<name>") of these clusters. No clusters: the own one.
-// No service accounts: any of those clusters.
+// No service accounts: any of those clusters. Or these SPIFFE IDs, and nothing else in the same entry.
 type AccessFrom struct {
 	ServiceAccounts []string `json:"serviceAccounts,omitempty"`
 	Clusters        []string `json:"clusters,omitempty"`
+	// SPIFFEIDs names identities exactly: the way to name those of a foreign trust domain (Federation.spec.trustDomains).
+	SPIFFEIDs []string `json:"spiffeIDs,omitempty"`
 }
 
 // AccessTo narrows to ports, methods and paths; an empty list is any.
@@ -280,7 +299,20 @@ type WorkloadSpec struct {
 	Zone           string            `json:"zone,omitempty"`  // default: its sidecar's
 	Health         *WorkloadHealth   `json:"health,omitempty"`
 	Identity       *WorkloadIdentity `json:"identity,omitempty"`
+	Attestation    *Attestation      `json:"attestation,omitempty"`
 	Drain          bool              `json:"drain,omitempty"` // no new calls
+}
+
+// Attestation says which processes may take the workload's identity from its sidecar's SPIFFE Workload API. Default: none.
+type Attestation struct {
+	Unix []UnixSelector `json:"unix,omitempty"`
+}
+
+// UnixSelector names processes of the sidecar's host by what the kernel says of them. Every field that is set must match.
+type UnixSelector struct {
+	UID  *int64 `json:"uid,omitempty"`
+	GID  *int64 `json:"gid,omitempty"`
+	Path string `json:"path,omitempty"` // of the executable
 }
 
 // WorkloadHealth asks for an HTTP check.

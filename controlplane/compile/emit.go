@@ -22,8 +22,11 @@ import (
 func (r *run) emitMembers() {
 	self := r.in.Self
 	if len(self.Bundle) > 0 {
-		r.put(controlpb.TypeBundle, self.TrustDomain.String(),
-			&controlpb.Bundle{TrustDomain: self.TrustDomain.String(), Jwks: self.Bundle, Sequence: self.BundleSeq, Cluster: string(self.Cluster)})
+		own := &controlpb.Bundle{TrustDomain: self.TrustDomain.String(), Jwks: self.Bundle, Sequence: self.BundleSeq, Cluster: string(self.Cluster)}
+		if !self.RenewIssuedBefore.IsZero() {
+			own.RenewIssuedBeforeMs = self.RenewIssuedBefore.UnixMilli()
+		}
+		r.put(controlpb.TypeBundle, self.TrustDomain.String(), own)
 	}
 	for _, p := range r.peers {
 		m := &controlpb.Peer{
@@ -43,6 +46,7 @@ func (r *run) emitMembers() {
 		slices.SortFunc(m.Gateways, func(a, b *controlpb.GatewayRecord) int { return cmp.Compare(a.Name, b.Name) })
 		r.put(controlpb.TypePeer, p.TrustDomain.String(), m)
 	}
+	r.emitForeign()
 	for _, g := range r.in.Gateways {
 		id, err := spiffeid.Gateway(self.TrustDomain, g.Name)
 		if err != nil {
@@ -288,6 +292,7 @@ func (r *run) emitSelves() {
 			TrustDomain: r.in.Self.TrustDomain.String(),
 			Locality:    &controlpb.Locality{Region: r.in.Self.Locality.Region, Zone: r.in.Self.Locality.Zone},
 			Inbound:     inbound[k],
+			WorkloadApi: p.selectors(),
 		}
 		if x := p.session; x != nil {
 			if !x.Locality.IsZero() {
