@@ -123,7 +123,7 @@ func (m *Manager) decide(claim *join.Claim) (*join.Verdict, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := m.nameFreeLocked(claim.TrustDomain, claim.Cluster, claim.Bundle.Hash(), tok.Issued); err != nil {
+	if err := m.nameFreeLocked(claim.TrustDomain, claim.Cluster, claim.Bundle.Hash(), m.proves(&claim.Counterpart), tok.Issued); err != nil {
 		return nil, err
 	}
 	if p := m.peers[claim.TrustDomain]; tok.State(m.now()) == join.Used && (p == nil || p.rec.TokenID != tok.ID) {
@@ -183,18 +183,25 @@ func (m *Manager) fill(r *record, c *join.Counterpart) {
 	}
 }
 
-// introduced reports whether a third member introduced td with that bundle, and it is still of interest.
-func (m *Manager) introduced(td spiffeid.TrustDomain, hash [32]byte) bool {
+// introduced is the bundle by which td, which a third member introduced, has to prove itself: the one held of it, or of the one that it
+// shows the part that the introduction pinned. nil: it was not introduced with that bundle, or is of no interest any more.
+func (m *Manager) introduced(td spiffeid.TrustDomain, shown *trust.Bundle) *trust.Bundle {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	p := m.peers[td]
-	return p != nil && p.rec.Role == roleIntroduced && p.rec.State != StateEvicted && p.rec.hash() == hash
+	switch {
+	case p == nil || p.rec.Role != roleIntroduced || p.rec.State == StateEvicted:
+		return nil
+	case p.bundle != nil:
+		return p.bundle
+	}
+	return join.Pinned(shown, p.rec.hash())
 }
 
 func (m *Manager) decideIntroducedLocked(claim *join.Claim) (*join.Verdict, error) {
 	p := m.peers[claim.TrustDomain]
 	switch {
-	case p == nil || p.rec.Role != roleIntroduced || p.rec.hash() != claim.Bundle.Hash() || p.rec.Cluster != claim.Cluster:
+	case p == nil || p.rec.Role != roleIntroduced || p.rec.Cluster != claim.Cluster || !m.continuesLocked(p, claim.Bundle, claim.Chain):
 		return nil, problem.New(problem.TrustRefused, "nobody introduced %s (%s) here", claim.Cluster, claim.TrustDomain)
 	case p.rec.State == StateAwaiting:
 		return nil, problem.New(problem.AwaitingApproval, "%s has not approved %s yet", m.cfg.Cluster, claim.Cluster)

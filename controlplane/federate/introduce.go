@@ -62,7 +62,7 @@ func (m *Manager) pairs() []pair {
 		for s, subject := range m.peers {
 			if r != s && receiver.rec.State == StateReady && subject.rec.State == StateReady &&
 				(receiver.rec.Role == roleIssuer || subject.rec.Role == roleIssuer) &&
-				!slices.Contains(receiver.rec.Told, s) && m.upLocked(r) {
+				(!slices.Contains(receiver.rec.Told, s) || receiver.rec.outdated(s, subject.rec)) && m.upLocked(r) {
 				out = append(out, pair{r, s})
 			}
 		}
@@ -100,7 +100,7 @@ func (m *Manager) introduce(receiver, subject spiffeid.TrustDomain) error {
 	}
 	ctx, cancel := context.WithTimeout(m.ctx, defaultTimeout)
 	defer cancel()
-	_, err = m.Ask(ctx, receiver, methodIntroduce, body)
+	reply, err := m.Ask(ctx, receiver, methodIntroduce, body)
 	if forNow(err) {
 		return err
 	}
@@ -110,10 +110,19 @@ func (m *Manager) introduce(receiver, subject spiffeid.TrustDomain) error {
 		m.log.Info("introduced", "who", names)
 	}
 	return m.update(receiver, func(rec *record) error {
-		if rec.Role == "" || slices.Contains(rec.Told, subject) {
+		if rec.Role == "" {
 			return errUnchanged
 		}
-		rec.Told = append(rec.Told, subject)
+		if !slices.Contains(rec.Told, subject) {
+			rec.Told = append(rec.Told, subject)
+		}
+		delete(rec.Waiting, subject)
+		if err == nil && string(reply.Body) == waiting {
+			if rec.Waiting == nil {
+				rec.Waiting = map[spiffeid.TrustDomain]string{}
+			}
+			rec.Waiting[subject] = hexHash(in.BundleHash)
+		}
 		return nil
 	})
 }
@@ -131,8 +140,16 @@ func (m *Manager) handleIntroduce(_ context.Context, from spiffeid.TrustDomain, 
 	if introducer == nil {
 		return nil, problem.New(problem.TrustRefused, "%s is no member here", from)
 	}
-	if p := m.peers[in.Subject]; p != nil && p.rec.State != StateEvicted && p.rec.Cluster == in.Cluster && p.rec.hash() == in.BundleHash {
-		return nil, nil // known already, under the same root
+	auto := slices.Contains(m.cfg.Introducers(), introducer.rec.Cluster)
+	if p := m.peers[in.Subject]; p != nil && p.rec.State != StateEvicted && p.rec.Cluster == in.Cluster {
+		switch {
+		case pinned(in.BundleHash)(p) && p.bundle == nil:
+			return []byte(waiting), nil
+		case pinned(in.BundleHash)(p):
+			return nil, nil // known already, under the same root
+		case p.rec.Role == roleIntroduced && p.rec.IntroducedBy == introducer.rec.Cluster:
+			return m.introducedAgainLocked(p, in, body, auto)
+		}
 	}
 	if err := m.nameFreeForIntroductionLocked(in); err != nil {
 		m.alarmLocked("introduction_refused", in.Cluster, fmt.Sprintf("introduction by %s refused: %v", introducer.rec.Cluster, err))
@@ -142,16 +159,12 @@ func (m *Manager) handleIntroduce(_ context.Context, from spiffeid.TrustDomain, 
 	if m.introducedByLocked(introducer.rec.Cluster.String()) >= maxIntroduced {
 		return nil, problem.New(problem.TrustRefused, "%d introductions by %s wait here already", maxIntroduced, introducer.rec.Cluster)
 	}
-	auto := slices.Contains(m.cfg.Introducers(), introducer.rec.Cluster)
 	err = m.updateLocked(in.Subject, func(r *record) error {
 		*r = record{
 			TrustDomain: in.Subject, Cluster: in.Cluster, Federation: in.Federation, Region: in.Region, Role: roleIntroduced,
 			State: StateAwaiting, Since: m.now(), BundleHash: hexHash(in.BundleHash), TokenID: in.TokenID,
 			IntroducedBy: introducer.rec.Cluster, Introduction: body, Expires: in.Expires, Stages: []string{"introduced"},
-		}
-		for _, g := range in.Gateways {
-			name, _ := g.ID.Gateway()
-			r.Gateways = append(r.Gateways, gatewayRecord{Name: name, Addresses: g.Addresses})
+			Gateways: gatewaysOf(in),
 		}
 		if auto {
 			r.setState(StateJoining, m.now())
@@ -163,7 +176,7 @@ func (m *Manager) handleIntroduce(_ context.Context, from spiffeid.TrustDomain, 
 		return nil, err
 	}
 	m.log.Info("member introduced", "cluster", in.Cluster.String(), "introducer", introducer.rec.Cluster.String(), "approved", auto)
-	return nil, nil
+	return []byte(waiting), nil
 }
 
 func (m *Manager) introducedByLocked(cluster string) int {
@@ -179,7 +192,7 @@ func (m *Manager) introducedByLocked(cluster string) int {
 // nameFreeForIntroductionLocked: besides what holds for everybody, a name for which a token is out, or that is known at all, is not
 // for an introduction to take.
 func (m *Manager) nameFreeForIntroductionLocked(in *join.Introduction) error {
-	if err := m.nameFreeLocked(in.Subject, in.Cluster, in.BundleHash, time.Time{}); err != nil {
+	if err := m.nameFreeLocked(in.Subject, in.Cluster, in.BundleHash, pinned(in.BundleHash), time.Time{}); err != nil {
 		return err
 	}
 	if m.tokens.Outstanding(in.Cluster) != nil {

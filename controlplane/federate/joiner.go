@@ -204,7 +204,11 @@ func (m *Manager) tokenKnown(tok *join.Token, now time.Time) (resume bool, err e
 		return false, problem.New(problem.TokenExpired, "the token expired %s ago", join.Short(now.Sub(tok.Expires))).
 			WithFix("on %s:  strait token issue --cluster %s", tok.Cluster, m.cfg.Cluster).WithState("nothing was changed on either side")
 	}
-	return resume, m.nameFreeLocked(tok.TrustDomain, tok.Cluster, tok.BundleHash, now)
+	same := pinned(tok.BundleHash)
+	if p != nil && p.bundle != nil {
+		same = func(*peer) bool { return true } // judged by what its gateway proves, before anything is said
+	}
+	return resume, m.nameFreeLocked(tok.TrustDomain, tok.Cluster, tok.BundleHash, same, now)
 }
 
 // reach opens a conversation through one of our gateways.
@@ -298,6 +302,10 @@ func (j *joinRun) converse(ctx context.Context, c *conv) (*join.Verdict, error) 
 		if serr != nil {
 			return serr
 		}
+		if err := m.knownAs(j.tok.TrustDomain, d.Bundle(), d.Chain()); err != nil {
+			j.stage = stageIdentity
+			return err
+		}
 		j.ok(stageReach, "%+.2fs (limit %s)", skew.Seconds(), join.Short(join.MaxSkew))
 		j.ok(stageIdentity, "%s", reached(o))
 		j.ok(stageTrust, "%s proved %s, fingerprint %s matches token", j.tok.Cluster, d.GatewayID(), join.Fingerprint(j.tok.BundleHash))
@@ -347,7 +355,7 @@ func (j *joinRun) record(other *join.Counterpart, verdict *join.Verdict) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	now := m.now()
-	if err := m.nameFreeLocked(other.TrustDomain, other.Cluster, other.Bundle.Hash(), now); err != nil {
+	if err := m.nameFreeLocked(other.TrustDomain, other.Cluster, other.Bundle.Hash(), m.proves(other), now); err != nil {
 		return err
 	}
 	if err := m.dropNamesakesLocked(other.TrustDomain, other.Cluster); err != nil {

@@ -438,6 +438,7 @@ func (m *Manager) forgetToldLocked(other spiffeid.TrustDomain, p *peer, td spiff
 		}
 		rec := p.rec.clone()
 		rec.Told = append(rec.Told[:i], rec.Told[i+1:]...)
+		delete(rec.Waiting, td)
 		if err := writeRecord(m.cfg.Dir, rec); err != nil {
 			m.log.Error("peer record could not be written", "peer", other.String(), "error", err)
 			return

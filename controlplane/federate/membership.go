@@ -12,7 +12,6 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
-	"github.com/strait-mesh/strait/federation/join"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
@@ -20,8 +19,11 @@ import (
 const leaveTimeout = 3 * time.Second
 
 // nameFreeLocked judges whether td may become, or stay, the cluster of that name. consent is when an operator named the cluster in
-// a token, zero for an introduction: only that may bring back what was evicted, and nothing replaces what is known.
-func (m *Manager) nameFreeLocked(td spiffeid.TrustDomain, cluster federation.ClusterName, hash [32]byte, consent time.Time) error {
+// a token, zero for an introduction: only that may bring back what was evicted, and nothing replaces what is known. same judges
+// whether a known peer of that trust domain is who asks; hash is of the bundle that it shows.
+func (m *Manager) nameFreeLocked(
+	td spiffeid.TrustDomain, cluster federation.ClusterName, hash [32]byte, same func(*peer) bool, consent time.Time,
+) error {
 	taken := func(format string, args ...any) error {
 		return problem.New(problem.NameTaken, format, args...).WithCluster(cluster.String()).WithState("nothing was changed on either side")
 	}
@@ -40,8 +42,8 @@ func (m *Manager) nameFreeLocked(td spiffeid.TrustDomain, cluster federation.Clu
 		case p.rec.State == StateEvicted:
 		case p.rec.Cluster != cluster:
 			return taken("the trust domain %s is known as the cluster %s", td, p.rec.Cluster)
-		case p.rec.hash() != hash:
-			return taken("%s is known with the fingerprint %s; this one has %s", cluster, join.Fingerprint(p.rec.hash()), join.Fingerprint(hash))
+		case !same(p):
+			return otherRoots(p, hash)
 		}
 	}
 	for other, p := range m.peers {
@@ -137,7 +139,7 @@ func (m *Manager) Evict(_ context.Context, cluster federation.ClusterName) (*con
 			return errUnchanged
 		}
 		r.setState(StateEvicted, m.now())
-		r.Bundle, r.Introduction, r.Told, r.Sameness = nil, nil, nil, nil
+		r.Bundle, r.Introduction, r.Told, r.Waiting, r.Sameness, r.Seen = nil, nil, nil, nil, nil, nil
 		r.ProbeIn, r.ProbeOut, r.Expires = false, false, time.Time{}
 		return nil
 	})

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -59,6 +60,8 @@ type record struct {
 	IntroducedBy federation.ClusterName `json:"introducedBy,omitempty"`
 	Introduction []byte                 `json:"introduction,omitempty"` // as signed
 	Told         []spiffeid.TrustDomain `json:"told,omitempty"`         // whom we introduced to it
+	// Waiting are those of Told who had not proven themselves to it when we did, with the bundle's hash that we named
+	Waiting map[spiffeid.TrustDomain]string `json:"waiting,omitempty"`
 
 	ProbeOut bool      `json:"probeOut,omitempty"` // our probe was answered
 	ProbeIn  bool      `json:"probeIn,omitempty"`  // its probe came
@@ -99,8 +102,15 @@ func gatewaysOut(records []gatewayRecord) []*controlpb.GatewayRecord {
 func (r *record) clone() *record {
 	c := *r
 	c.Bundle, c.Introduction = slices.Clone(r.Bundle), slices.Clone(r.Introduction)
+	c.Waiting = maps.Clone(r.Waiting)
 	c.Gateways, c.Sameness, c.Told, c.Stages = slices.Clone(r.Gateways), slices.Clone(r.Sameness), slices.Clone(r.Told), slices.Clone(r.Stages)
 	return &c
+}
+
+// outdated reports whether we introduced subject to r with a bundle that it has not any more, and r still waits for it.
+func (r *record) outdated(td spiffeid.TrustDomain, subject *record) bool {
+	told, ok := r.Waiting[td]
+	return ok && told != subject.BundleHash
 }
 
 func (r *record) hash() [32]byte { return hashOf(r.BundleHash) }

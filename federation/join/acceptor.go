@@ -24,8 +24,9 @@ type AcceptorConfig struct {
 	Opened *controlpb.JoinOpened // what the own gateway saw
 	// Key returns the key derived from a token's secret, or STR-2205.
 	Key func(tokenID string) (Key, error)
-	// Introduced reports whether td was introduced to us with that bundle.
-	Introduced func(td spiffeid.TrustDomain, bundleHash [32]byte) bool
+	// Introduced returns the bundle by which td has to prove itself without a token: the one that is held of it, or of the bundle
+	// that it shows the part that an introduction pinned (Pinned). nil: it was not introduced to us with that bundle.
+	Introduced func(td spiffeid.TrustDomain, shown *trust.Bundle) *trust.Bundle
 	Now        func() time.Time
 }
 
@@ -132,11 +133,15 @@ func (a *Acceptor) Proof(frame []byte) (*Claim, error) {
 	if err != nil {
 		return nil, untrusted("the dialler's bundle", err)
 	}
-	if h.GetTokenId() == "" && !a.cfg.Introduced(td, bundle.Hash()) {
+	known := bundle
+	if h.GetTokenId() == "" {
+		known = a.cfg.Introduced(td, bundle)
+	}
+	if known == nil {
 		return nil, problem.New(problem.TrustRefused, "nobody introduced a cluster with that trust domain and that bundle here").
 			WithWhy("without a token a cluster is known by introduction only, or its root has changed since")
 	}
-	if err := a.verify(p, td, bundle, text); err != nil {
+	if err := a.verify(p, td, bundle, known, text); err != nil {
 		return nil, err
 	}
 	if a.claim.Federation != a.cfg.Self.Federation {
@@ -150,21 +155,22 @@ func (a *Acceptor) Proof(frame []byte) (*Claim, error) {
 	return a.claim, nil
 }
 
-// verify checks the three proofs of the trust domain and the joiner key, and fills in the claim.
-func (a *Acceptor) verify(p *controlpb.JoinProof, td spiffeid.TrustDomain, bundle *trust.Bundle, text []byte) error {
+// verify checks the three proofs of the trust domain, by what is known of its bundle, and the joiner key, and fills in the claim.
+func (a *Acceptor) verify(p *controlpb.JoinProof, td spiffeid.TrustDomain, bundle, known *trust.Bundle, text []byte) error {
 	h, now := a.msg, a.cfg.Now()
 	if !ed25519.Verify(h.GetJoinerKey(), text, p.GetJoinerSignature()) {
 		return untrusted("the joiner's key", errSignature)
 	}
-	id, err := opened(a.cfg.Opened, bundle, td, now)
+	gateway, err := opened(a.cfg.Opened, known, td, now)
 	if err != nil {
 		return untrusted("the dialler's gateway", err)
 	}
-	if err := verifyControlPlane(h.GetControlPlaneChainDer(), bundle, td, text, p.GetControlPlaneSignature(), now); err != nil {
+	chain, err := verifyControlPlane(h.GetControlPlaneChainDer(), known, td, text, p.GetControlPlaneSignature(), now)
+	if err != nil {
 		return untrusted("the dialler's control plane", err)
 	}
 	c := &Claim{TokenID: h.GetTokenId(), JoinerKey: [32]byte(h.GetJoinerKey()), CheckOnly: h.GetCheckOnly()}
-	c.TrustDomain, c.Bundle, c.GatewayID = td, bundle, id
+	c.TrustDomain, c.Bundle, c.GatewayID, c.Chain = td, bundle, gateway.ID, chain
 	c.Skew = time.UnixMilli(h.GetTimeMs()).Sub(a.received)
 	if err := names(&c.Counterpart, h.GetFederation(), h.GetCluster(), h.GetRegion(), h.GetVersion(), h.GetGateways(), a.cfg.Self.AllowLoopback); err != nil {
 		return untrusted("what the dialler says of itself", err)

@@ -3,7 +3,9 @@
 package join
 
 import (
+	"bytes"
 	"crypto/rand"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"time"
@@ -50,7 +52,8 @@ type Counterpart struct {
 	Region      string
 	Bundle      *trust.Bundle
 	Gateways    []*controlpb.GatewayRecord
-	GatewayID   spiffeid.ID // of the gateway at the other end of the connection
+	GatewayID   spiffeid.ID         // of the gateway at the other end of the connection
+	Chain       []*x509.Certificate // of its control plane; a dialler has its gateway's until the verdict
 	Version     string
 	Skew        time.Duration // its clock minus ours; acceptor: uncorrected for the way
 }
@@ -84,15 +87,27 @@ type Member struct {
 const maxMembers = 256
 
 // opened checks what the own gateway says of the connection and returns the chain's owner.
-func opened(o *controlpb.JoinOpened, bundle *trust.Bundle, td spiffeid.TrustDomain, now time.Time) (spiffeid.ID, error) {
-	p, err := verifyChain(o.GetPeerChainDer(), bundle, now)
+func opened(o *controlpb.JoinOpened, bundle *trust.Bundle, td spiffeid.TrustDomain, now time.Time) (*trust.Peer, error) {
+	ders := o.GetPeerChainDer()
+	for len(ders) > maxChain && selfIssued(ders[len(ders)-1]) { // the server's roots, which it sends along
+		ders = ders[:len(ders)-1]
+	}
+	p, err := verifyChain(ders, bundle, now)
 	if err != nil {
-		return spiffeid.ID{}, err
+		return nil, err
 	}
 	if _, ok := p.ID.Gateway(); !ok || p.ID.TrustDomain() != td {
-		return spiffeid.ID{}, fmt.Errorf("%s is not a gateway of %s", p.ID, td)
+		return nil, fmt.Errorf("%s is not a gateway of %s", p.ID, td)
 	}
-	return p.ID, nil
+	return p, nil
+}
+
+func selfIssued(der []byte) bool {
+	if len(der) > maxCertificate {
+		return false
+	}
+	c, err := x509.ParseCertificate(der)
+	return err == nil && bytes.Equal(c.RawIssuer, c.RawSubject)
 }
 
 func parsePeerBundle(td spiffeid.TrustDomain, jwks []byte) (*trust.Bundle, error) {

@@ -5,6 +5,7 @@ package join
 import (
 	"crypto/ed25519"
 	"crypto/hmac"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"slices"
@@ -77,21 +78,25 @@ func NewDialler(cfg DiallerConfig) (*Dialler, error) {
 	if got := bundle.Hash(); got != pin {
 		return nil, mismatch(fmt.Errorf("its bundle has the fingerprint %s, not %s", Fingerprint(got), Fingerprint(pin)))
 	}
-	id, err := opened(cfg.Opened, bundle, d.td, cfg.Now())
+	p, err := opened(cfg.Opened, bundle, d.td, cfg.Now())
 	if err != nil {
 		return nil, mismatch(err)
 	}
-	if !slices.ContainsFunc(allowed, func(g TokenGateway) bool { return g.ID == id }) {
-		return nil, mismatch(fmt.Errorf("it proved %s, which is not named", id))
+	if !slices.ContainsFunc(allowed, func(g TokenGateway) bool { return g.ID == p.ID }) {
+		return nil, mismatch(fmt.Errorf("it proved %s, which is not named", p.ID))
 	}
-	d.other.TrustDomain, d.other.Bundle, d.other.GatewayID = d.td, bundle, id
+	d.other.TrustDomain, d.other.Bundle, d.other.GatewayID = d.td, bundle, p.ID
+	d.other.Chain = p.Chain
 	return d, nil
 }
 
 // GatewayID is the identity that the other end's gateway proved.
 func (d *Dialler) GatewayID() spiffeid.ID { return d.other.GatewayID }
 
-// Bundle is the other side's bundle, which matched the pin.
+// Chain is the chain that the other end's gateway presented.
+func (d *Dialler) Chain() []*x509.Certificate { return d.other.Chain }
+
+// Bundle is the other side's bundle, which matched the pin: of a bundle that has changed since, the roots that were pinned.
 func (d *Dialler) Bundle() *trust.Bundle { return d.other.Bundle }
 
 func (d *Dialler) next(step int) error {
@@ -181,10 +186,12 @@ func (d *Dialler) Verdict(frame []byte) (*Counterpart, *Verdict, error) {
 	if err := proto.Unmarshal(v.GetFacts(), &f); err != nil {
 		return nil, nil, fmt.Errorf("facts: %w: %w", errFrame, err)
 	}
-	if err := verifyControlPlane(f.GetControlPlaneChainDer(), d.other.Bundle, d.td, text, v.GetControlPlaneSignature(), d.cfg.Now()); err != nil {
+	chain, err := verifyControlPlane(f.GetControlPlaneChainDer(), d.other.Bundle, d.td, text, v.GetControlPlaneSignature(), d.cfg.Now())
+	if err != nil {
 		return nil, nil, problem.New(problem.IdentityMismatch, "the control plane of %s: %v", d.cluster, err).Wrap(err)
 	}
 	c := d.other
+	c.Chain = chain
 	if err := names(&c, f.GetFederation(), f.GetCluster(), f.GetRegion(), f.GetVersion(), f.GetGateways(), d.cfg.Self.AllowLoopback); err != nil {
 		return nil, nil, fmt.Errorf("facts: %w: %w", errFrame, err)
 	}

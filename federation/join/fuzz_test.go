@@ -7,6 +7,7 @@ import (
 
 	"github.com/strait-mesh/strait/federation/join"
 	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -44,7 +45,7 @@ func FuzzFrames(f *testing.F) {
 	must(f, err)
 	newAcceptor := func(t testing.TB) *join.Acceptor {
 		a, err := join.NewAcceptor(join.AcceptorConfig{Self: c.us.self, Opened: c.acceptorOpened, Key: c.tokens.Key, Now: now,
-			Introduced: func(spiffeid.TrustDomain, [32]byte) bool { return true }})
+			Introduced: func(_ spiffeid.TrustDomain, b *trust.Bundle) *trust.Bundle { return b }})
 		must(t, err)
 		return a
 	}

@@ -84,7 +84,7 @@ func verifyIntroduction(b []byte, bundle *trust.Bundle, self spiffeid.TrustDomai
 		return nil, err
 	}
 	text := introductionText(s.GetIntroduction())
-	if err := verifyControlPlane(s.GetChainDer(), bundle, bundle.TrustDomain(), text, s.GetSignature(), now); err != nil {
+	if _, err := verifyControlPlane(s.GetChainDer(), bundle, bundle.TrustDomain(), text, s.GetSignature(), now); err != nil {
 		return nil, err
 	}
 	in, err := parseIntroduction(s.GetIntroduction())

@@ -124,7 +124,7 @@ func (c *talk) run(t testing.TB) (*join.Claim, *join.Counterpart, *join.Verdict,
 	}
 	a, err := join.NewAcceptor(join.AcceptorConfig{
 		Self: c.us.self, Opened: c.acceptorOpened, Key: c.tokens.Key, Now: c.acceptorNow,
-		Introduced: func(spiffeid.TrustDomain, [32]byte) bool { return false },
+		Introduced: func(spiffeid.TrustDomain, *trust.Bundle) *trust.Bundle { return nil },
 	})
 	must(t, err)
 	hello, err := d.Hello()
@@ -311,8 +311,11 @@ func TestIntroducedConversation(t *testing.T) {
 		d, err := join.NewDialler(join.DiallerConfig{Self: c.eu.self, Introduction: in, JoinerKey: c.eu.key, Opened: c.diallerOpened, Now: now})
 		must(t, err)
 		a, err := join.NewAcceptor(join.AcceptorConfig{Self: c.us.self, Opened: c.acceptorOpened, Key: c.tokens.Key, Now: now,
-			Introduced: func(td spiffeid.TrustDomain, hash [32]byte) bool {
-				return known && td == c.eu.td && hash == c.eu.self.Bundle.Hash()
+			Introduced: func(td spiffeid.TrustDomain, shown *trust.Bundle) *trust.Bundle {
+				if !known || td != c.eu.td {
+					return nil
+				}
+				return join.Pinned(shown, c.eu.self.Bundle.Hash())
 			}})
 		must(t, err)
 		hello, err := d.Hello()

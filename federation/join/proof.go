@@ -30,7 +30,7 @@ const (
 
 // Bounds of certificate chains from the other side.
 const (
-	maxChain       = 6
+	maxChain       = trust.MaxChainLength
 	maxCertificate = 16 << 10
 )
 
@@ -125,16 +125,36 @@ func verifyChain(ders [][]byte, bundle *trust.Bundle, now time.Time) (*trust.Pee
 	return trust.Verify(chain, bundles, now)
 }
 
-// verifyControlPlane checks that sig over text is by td's control plane.
-func verifyControlPlane(ders [][]byte, bundle *trust.Bundle, td spiffeid.TrustDomain, text, sig []byte, now time.Time) error {
+// verifyControlPlane checks that sig over text is by td's control plane, and returns its chain.
+func verifyControlPlane(ders [][]byte, bundle *trust.Bundle, td spiffeid.TrustDomain, text, sig []byte, now time.Time) ([]*x509.Certificate, error) {
 	p, err := verifyChain(ders, bundle, now)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if p.ID != spiffeid.ControlPlane(td) {
-		return fmt.Errorf("signed by %s, which is not the control plane of %s", p.ID, td)
+		return nil, fmt.Errorf("signed by %s, which is not the control plane of %s", p.ID, td)
 	}
-	return checkSignature(p.Chain[0].PublicKey, text, sig)
+	return p.Chain, checkSignature(p.Chain[0].PublicKey, text, sig)
+}
+
+// maxPinnedRoots bounds the search for a pin.
+const maxPinnedRoots = 16
+
+// Pinned is the part of a bundle that a pin made earlier names: all its roots, or some of them in a row (a root was added to the
+// bundle, or left it, since). Its sequence is 0. nil: the pin names nothing in it.
+func Pinned(b *trust.Bundle, pin [32]byte) *trust.Bundle {
+	if b == nil || len(b.Roots()) > maxPinnedRoots {
+		return nil
+	}
+	roots := b.Roots()
+	for from := range roots {
+		for to := from + 1; to <= len(roots); to++ {
+			if part, err := trust.NewBundle(b.TrustDomain(), roots[from:to], 0); err == nil && part.Hash() == pin {
+				return part
+			}
+		}
+	}
+	return nil
 }
 
 // chainDER is the inverse of parsing.

@@ -45,11 +45,16 @@ const (
 	Revoked TokenState = "revoked"
 )
 
-// Binding is the joiner that a token belongs to once it was redeemed. Comparable.
+// Binding is the joiner that a token belongs to once it was redeemed.
 type Binding struct {
 	TrustDomain spiffeid.TrustDomain
 	BundleHash  [32]byte
 	JoinerKey   [32]byte // Ed25519 public key
+}
+
+// same reports whether both are one joiner: its key says so, whatever became of its roots meanwhile.
+func (b Binding) same(o Binding) bool {
+	return b.TrustDomain == o.TrustDomain && b.JoinerKey == o.JoinerKey
 }
 
 // Record is what the issuer keeps of a token: no secret.
@@ -365,7 +370,7 @@ func (t *Tokens) judge(r *Record, cluster federation.ClusterName, b Binding) err
 		return problem.New(problem.TokenScope, "the token is for the cluster %s; this one is %s", r.AllowedCluster, cluster).WithState(unchanged)
 	case !r.RevokedAt.IsZero():
 		return problem.New(problem.TokenRevoked, "token %s was revoked %s ago", r.ID, ago(now, r.RevokedAt)).WithState(unchanged)
-	case r.IsBound() && r.Binding != b:
+	case r.IsBound() && !r.Binding.same(b):
 		return problem.New(problem.TokenBound, "token %s belongs to another joiner, which redeemed it %s ago", r.ID, ago(now, r.BoundAt)).
 			WithState(unchanged)
 	case r.IsBound() && !now.Before(r.BoundAt.Add(Resume)):

@@ -55,8 +55,10 @@ func TestTokenLife(t *testing.T) {
 		must(t, err)
 		return tok.ID
 	}
-	other := a
+	other, rotated, elsewhere := a, a, a
 	other.JoinerKey[0]++
+	rotated.BundleHash[0]++
+	elsewhere.TrustDomain = newSide(t, "ap-south").td
 	tests := []struct {
 		name string
 		do   func(id string) error
@@ -79,6 +81,16 @@ func TestTokenLife(t *testing.T) {
 		{"another key", func(id string) error {
 			_, _ = tokens.Redeem(id, "eu-west", a)
 			_, err := tokens.Redeem(id, "eu-west", other)
+			return err
+		}, problem.TokenBound, join.Bound},
+		{"the same joiner with a rotated root", func(id string) error {
+			_, _ = tokens.Redeem(id, "eu-west", a)
+			_, err := tokens.Redeem(id, "eu-west", rotated)
+			return err
+		}, "", join.Bound},
+		{"another trust domain", func(id string) error {
+			_, _ = tokens.Redeem(id, "eu-west", a)
+			_, err := tokens.Redeem(id, "eu-west", elsewhere)
 			return err
 		}, problem.TokenBound, join.Bound},
 		{"another key after use", func(id string) error {
