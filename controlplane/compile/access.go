@@ -97,8 +97,11 @@ func (r *run) checkRule(p *api.AccessPolicy, rule *api.AccessRule) error {
 		return fmt.Errorf("action %q is neither allow nor deny", rule.Action)
 	}
 	for _, f := range rule.From {
-		if len(f.ServiceAccounts) == 0 && len(f.Clusters) == 0 {
+		if len(f.ServiceAccounts) == 0 && len(f.Clusters) == 0 && len(f.SPIFFEIDs) == 0 {
 			return fmt.Errorf("an entry of from names nobody")
+		}
+		if err := checkSPIFFEIDs(&f); err != nil {
+			return err
 		}
 		for _, a := range f.ServiceAccounts {
 			ns, sa, ok := strings.Cut(a, "/")
@@ -179,6 +182,7 @@ func (r *run) accessNotes(p *api.AccessPolicy) string {
 	var notes, unknown, missing []string
 	for i := range p.Spec.Rules {
 		for _, f := range p.Spec.Rules[i].From {
+			unknown = append(unknown, r.strangers(&f)...)
 			for _, c := range f.Clusters {
 				if m := r.byCluster[federation.ClusterName(c)]; c != string(r.in.Self.Cluster) && (m == nil || !m.Ready) {
 					unknown = append(unknown, c)
@@ -241,6 +245,10 @@ func (r *run) compileRule(policy *api.AccessPolicy, rule *api.AccessRule, index 
 		domains = open
 	}
 	for _, f := range rule.From {
+		if len(f.SPIFFEIDs) > 0 {
+			r.exactIDs(&f, deny, open, ids)
+			continue
+		}
 		for _, td := range r.domainsOf(f.Clusters) {
 			if !deny && !open[td.String()] {
 				continue

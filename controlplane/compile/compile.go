@@ -22,7 +22,8 @@ type Input struct {
 	Gateways []Gateway // of this cluster
 	Peers    []Peer
 	Denied   []Denied
-	LastGood LastGood // Output.LastGood of the run before, or as persisted
+	Foreign  []Foreign // trust domains of no members
+	LastGood LastGood  // Output.LastGood of the run before, or as persisted
 }
 
 // Self is this cluster.
@@ -33,6 +34,8 @@ type Self struct {
 	TrustDomain spiffeid.TrustDomain
 	Bundle      []byte // JWKS
 	BundleSeq   uint64
+	// RenewIssuedBefore is when the CA last recalled identities: those issued before are to be renewed. Zero: never.
+	RenewIssuedBefore time.Time
 }
 
 // Session is a sidecar that reports or has reported.
