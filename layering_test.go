@@ -55,6 +55,9 @@ var owners = map[string][]string{
 	"github.com/prometheus/client_golang":    {"internal/metric"},
 }
 
+// testOnly are packages that only tests may import: they are in no binary.
+var testOnly = []string{"trust/lookalike"}
+
 var forbiddenNames = map[string]bool{"util": true, "utils": true, "common": true, "helper": true, "helpers": true, "misc": true, "base": true, "shared": true}
 
 func TestLayering(t *testing.T) {
@@ -132,6 +135,11 @@ func checkOurs(t *testing.T, p, dir, target string, test bool) {
 	}
 	if test {
 		return
+	}
+	for _, tree := range testOnly {
+		if under(target, tree) && !under(dir, tree) {
+			t.Errorf("%s imports %s: only tests may", p, target)
+		}
 	}
 	rule, best := []string(nil), -1
 	for tree, allowed := range mayImport {

@@ -189,6 +189,9 @@ func uriSANs(c *x509.Certificate) ([]string, error) {
 				return nil, errors.New("malformed subject alternative name")
 			}
 			if v.Class == asn1.ClassContextSpecific && v.Tag == 6 {
+				if v.IsCompound {
+					return nil, errors.New("malformed URI name")
+				}
 				uris = append(uris, string(v.Bytes))
 			}
 		}
