@@ -78,6 +78,7 @@ type ControlPlane struct {
 	denied   *identity.DenyList
 	registry *withdrawal.Registry
 	metrics  *metric.Registry
+	rotation rotationState
 
 	api       *configapi.Server
 	objects   *objects.Store
@@ -138,6 +139,9 @@ func (c *ControlPlane) open() (err error) {
 	if err := c.roles.open(c.dir); err != nil {
 		return err
 	}
+	if err := c.openRotation(); err != nil {
+		return err
+	}
 	c.metrics = metric.New(metric.Config{Role: "controlplane", Version: version.String(), Process: true})
 	c.registry = withdrawal.New(withdrawal.Config{Now: c.now})
 	c.source = trust.NewSource(trust.SourceConfig{Now: c.now, Logger: c.log})
@@ -159,7 +163,7 @@ func (c *ControlPlane) parts() (err error) {
 	peer := identity.IDFromContext
 	c.discovery, err = discovery.New(discovery.Config{
 		Peer: peer, Authorize: discovery.RoleAuthorize(c.self.trustDomain, c.owner),
-		VerifyNode: discovery.RoleVerifyNode(c.owner), Now: c.now, Logger: c.log,
+		VerifyNode: c.verifyNode, Now: c.now, Logger: c.log,
 	})
 	if err != nil {
 		return err
@@ -187,6 +191,7 @@ func (c *ControlPlane) parts() (err error) {
 		return err
 	}
 	c.federate.Handle(traceQuery, c.handleTrace)
+	c.federate.Handle(withdrawnQuery, c.handleWithdrawn)
 	return nil
 }
 
@@ -228,6 +233,7 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 	for name, run := range map[string]func(context.Context) error{
 		"sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
 		"compile": c.compileLoop, "identity": c.renewLoop, "peers": c.samenessLoop, "status": c.statusLoop, "denied": c.denyLoop,
+		"rotation": c.rotationLoop, "renewed": c.rotation.Run,
 	} {
 		wg.Go(func() {
 			if err := run(ctx); err != nil && ctx.Err() == nil {
@@ -356,7 +362,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	if err != nil {
 		return server{}, errors.Join(err, inner.Close())
 	}
-	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, TTL: c.cfg.SVIDTTL, Logger: c.log})
+	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, Renewed: c.renewed, TTL: c.cfg.SVIDTTL, Logger: c.log})
 	if err != nil {
 		return server{}, errors.Join(err, l.Close())
 	}

@@ -38,7 +38,7 @@ func (c *ControlPlane) compileLoop(ctx context.Context) error {
 	resync := time.NewTicker(resyncCompile)
 	defer resync.Stop()
 	for {
-		changed := []<-chan struct{}{c.objects.Changed(), c.sessions.Changed(), c.federate.Changed(), c.denied.Changed()}
+		changed := []<-chan struct{}{c.objects.Changed(), c.sessions.Changed(), c.federate.Changed(), c.denied.Changed(), c.authorityChanged()}
 		revision := c.sessions.View().Revision
 		in := c.input(last)
 		out := compile.Compile(in)
@@ -73,6 +73,8 @@ func (c *ControlPlane) waitForChange(ctx context.Context, changed []<-chan struc
 		case <-changed[2]:
 			waiting = false
 		case <-changed[3]:
+			waiting = false
+		case <-changed[4]:
 			waiting = false
 		case <-resync:
 			waiting = false
@@ -149,7 +151,7 @@ func (c *ControlPlane) input(last compile.LastGood) compile.Input {
 	in := compile.Input{
 		Self: compile.Self{
 			Federation: c.self.federation, Cluster: c.self.cluster, Locality: c.self.locality, TrustDomain: c.self.trustDomain,
-			Bundle: own.Marshal(), BundleSeq: own.Sequence(),
+			Bundle: own.Marshal(), BundleSeq: own.Sequence(), RenewIssuedBefore: c.recall(),
 		},
 		Objects: c.objects.Objects(), LastGood: last,
 	}
