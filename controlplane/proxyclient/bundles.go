@@ -13,11 +13,13 @@ import (
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
-// bundleKeeper is the one writer of the source's bundles: the own trust domain's, and those that resources carry.
+// bundleKeeper writes the source's bundles: the own trust domain's, and those that resources carry. Where the identity comes from
+// a Workload API, so does the own bundle, and nothing else: resources that carry it are acknowledged and left alone.
 type bundleKeeper struct {
-	source *trust.Source
-	own    spiffeid.TrustDomain
-	dir    *datadir.Dir
+	source    *trust.Source
+	own       spiffeid.TrustDomain
+	dir       *datadir.Dir
+	elsewhere bool // the own bundle is the Workload API's matter
 
 	mu sync.Mutex // serialises changes
 }
@@ -57,12 +59,15 @@ func (k *bundleKeeper) apply(ch Change) error {
 	if err != nil {
 		return err
 	}
+	if td == k.own && k.elsewhere {
+		return nil
+	}
 	if td == k.own {
 		return k.setOwn(b)
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.source.SetBundles(k.source.Bundles().With(b))
+	k.source.UpdateBundles(func(all *trust.Bundles) *trust.Bundles { return all.With(b) })
 	return nil
 }
 
@@ -70,7 +75,7 @@ func (k *bundleKeeper) remove(td spiffeid.TrustDomain) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if td != k.own && k.source.Bundles().Get(td) != nil { // without the own one nothing could be repaired any more
-		k.source.SetBundles(k.source.Bundles().Without(td))
+		k.source.UpdateBundles(func(all *trust.Bundles) *trust.Bundles { return all.Without(td) })
 	}
 	return nil
 }
@@ -93,6 +98,6 @@ func (k *bundleKeeper) setOwn(b *trust.Bundle) error {
 	if err := k.dir.WriteFile(bundleFile(k.own), b.Marshal()); err != nil {
 		return err
 	}
-	k.source.SetBundles(k.source.Bundles().With(b))
+	k.source.UpdateBundles(func(all *trust.Bundles) *trust.Bundles { return all.With(b) })
 	return nil
 }

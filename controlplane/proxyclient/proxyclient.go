@@ -20,6 +20,7 @@ import (
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/endpoint"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -35,12 +36,18 @@ const (
 // Config says who the proxy is and where its control plane answers.
 type Config struct {
 	Role         Role
-	Name         string        // a gateway's name, a sidecar's "<namespace>/<proxy>"
-	DataDir      *datadir.Dir  // identity, bundles and the snapshot live here; required
-	ControlPlane []string      // host:port of each replica, used in turn; empty: those of the token
-	TokenFile    string        // registration token, read when there is no usable identity
-	Source       *trust.Source // filled and kept; nil: a new one
-	Version      string        // of this program
+	Name         string       // a gateway's name, a sidecar's "<namespace>/<proxy>"
+	DataDir      *datadir.Dir // identity, bundles and the snapshot live here; required
+	ControlPlane []string     // host:port of each replica, used in turn; empty: those of the token
+	TokenFile    string       // registration token, read when there is no usable identity
+	// WorkloadAPI is the address (unix:///path) of the SPIFFE Workload API that identity and own bundle come from. There is no
+	// registration and no renewal by the control plane then; Self tells what a registration would have told: cluster,
+	// federation and locality. ServiceAccount chooses among the identities of a sidecar's namespace; empty: any.
+	WorkloadAPI    string
+	Self           Info
+	ServiceAccount string
+	Source         *trust.Source // filled and kept; nil: a new one
+	Version        string        // of this program
 	// RenewEvery is the mean time between renewals (1 h); the actual one is drawn from ±10 %. Raising it costs margin: an
 	// identity that is not renewed for its lifetime (36 h) stops working.
 	RenewEvery time.Duration
@@ -98,7 +105,9 @@ type Client struct {
 	bundles *bundleKeeper
 	health  health
 	closed  sync.Once
-	recall  chan struct{} // wakes the renewal: identities of before some time are to be renewed
+	// endpoint is the Workload API, nil where the control plane issues the identity
+	endpoint *endpoint.Handle
+	recall   chan struct{} // wakes the renewal: identities of before some time are to be renewed
 	// addresses of the control plane, fixed after Open
 	addresses []string
 
@@ -109,20 +118,30 @@ type Client struct {
 
 // Open loads identity, bundle and snapshot from the data directory, or registers with the token, and returns a Client
 // that can answer from its snapshot. It contacts the control plane only when there is no usable identity, and then waits
-// for it until ctx ends.
-func Open(ctx context.Context, cfg Config) (*Client, error) {
-	cfg, err := cfg.withDefaults()
+// for it until ctx ends. With a Workload API it waits for that instead.
+func Open(ctx context.Context, cfg Config) (_ *Client, err error) {
+	cfg, err = cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
 	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), recall: make(chan struct{}, 1), addresses: cfg.ControlPlane}
-	if err := c.loadOrRegister(ctx); err != nil {
+	first := c.loadOrRegister
+	if cfg.WorkloadAPI != "" {
+		first = c.openEndpoint
+	}
+	if err := first(ctx); err != nil {
 		return nil, err
 	}
+	defer func() {
+		if err != nil && c.endpoint != nil {
+			err = errors.Join(err, c.endpoint.Close())
+		}
+	}()
 	if len(c.addresses) == 0 {
 		return nil, errors.New("control plane client: no address of a control plane, neither configured nor in the token")
 	}
 	c.bundles = newBundleKeeper(c.source, c.info.TrustDomain, c.cfg.DataDir)
+	c.bundles.elsewhere = c.endpoint != nil
 	if err := c.loadSnapshot(); err != nil {
 		c.log.Warn("snapshot not loaded", "err", err)
 	}
@@ -148,8 +167,12 @@ func (c *Client) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	in := make(chan inbound)
+	renew := c.renewLoop
+	if c.endpoint != nil {
+		renew = c.endpointLoop
+	}
 	for _, f := range []func(context.Context){
-		c.renewLoop,
+		renew,
 		func(ctx context.Context) { c.streamLoop(ctx, in) },
 		func(ctx context.Context) { c.applyLoop(ctx, in) },
 		c.snapshotLoop,
@@ -165,7 +188,12 @@ func (c *Client) Run(ctx context.Context) error {
 // Close releases the connection. It is idempotent; Run calls it.
 func (c *Client) Close() error {
 	var err error
-	c.closed.Do(func() { err = c.conn.Close() })
+	c.closed.Do(func() {
+		err = c.conn.Close()
+		if c.endpoint != nil {
+			err = errors.Join(err, c.endpoint.Close())
+		}
+	})
 	return err
 }
 
@@ -185,6 +213,9 @@ func (c *Client) Info() Info {
 // Status is how it goes.
 func (c *Client) Status() Status {
 	s := c.health.status()
+	if c.endpoint != nil && s.LastError == nil {
+		s.LastError = c.endpointError()
+	}
 	c.identityMu.Lock()
 	defer c.identityMu.Unlock()
 	s.Renewed = c.obtained
