@@ -86,6 +86,8 @@ type Addrs struct {
 	Metrics   string
 	HTTPProxy string
 	Upstreams []string // in the order of Config.Upstreams
+	// WorkloadAPI is the socket of the SPIFFE Workload API, as the value of SPIFFE_ENDPOINT_SOCKET.
+	WorkloadAPI string `json:",omitempty"`
 }
 
 // Config is a sidecar's. Proxy and Client are required.
@@ -100,6 +102,9 @@ type Config struct {
 	MetricsListen    string // default ":15020"
 	HTTPProxyListen  string // HTTP by Host; empty: none
 	Upstreams        []Upstream
+	// WorkloadAPI is the path of the unix socket on which applications get their identity (SPIFFE Workload API); empty: none. It
+	// needs a Client that asks a control plane for identities.
+	WorkloadAPI string
 
 	Version  string
 	Recorder *span.Recorder   // of the HTTP engine's spans; nil: none. The caller runs it.
@@ -121,6 +126,9 @@ type Config struct {
 	MaxConnections int
 	// ServiceIdle is how long a service that was asked for by Host stays subscribed without a call: 10 min.
 	ServiceIdle time.Duration
+
+	// RenewEvery is the mean time between renewals of the identity that the Workload API hands out, 1 h ±10 %.
+	RenewEvery time.Duration
 
 	// Bound is called once, when all listeners are bound and before anything is served.
 	Bound  func(Addrs)

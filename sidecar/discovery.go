@@ -25,6 +25,9 @@ import (
 // apply takes one change of discovery. An error refuses it (NACK), and what was there stays.
 func (s *Sidecar) apply(c proxyclient.Change) error {
 	err := s.applyOne(c)
+	if c.TypeURL == controlpb.TypeSelf || c.TypeURL == controlpb.TypeDenied {
+		s.tellWorkloadAPI()
+	}
 	if err != nil {
 		s.log.Error("configuration refused, the previous one stays", "type", c.TypeURL, "name", c.Name, "error", err)
 	}
@@ -58,6 +61,9 @@ func (s *Sidecar) applyOne(c proxyclient.Change) error {
 	case controlpb.TypeBundle:
 		if m, ok := c.Message.(*controlpb.Bundle); ok && m.GetCluster() != "" {
 			s.learnPeer(m.GetTrustDomain(), m.GetCluster())
+		}
+		if m, ok := c.Message.(*controlpb.Bundle); ok {
+			s.recallWorkloads(m)
 		}
 	case controlpb.TypeGateway:
 		m, _ := c.Message.(*controlpb.Gateway)

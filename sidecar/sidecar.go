@@ -23,6 +23,7 @@ import (
 	"github.com/strait-mesh/strait/sidecar/local"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/withdrawal"
+	"github.com/strait-mesh/strait/trust/workloadapi"
 
 	sidecarhttp "github.com/strait-mesh/strait/sidecar/http"
 )
@@ -35,13 +36,14 @@ type Sidecar struct {
 	metrics *metrics
 	budget  *sidecarhttp.Budget
 
-	ledger   *ledger
-	health   *health.Tracker
-	locals   *local.Set
-	services *services
-	dialer   *inner.Dialer
-	in       *inbound
-	report   *reporter
+	ledger    *ledger
+	health    *health.Tracker
+	locals    *local.Set
+	services  *services
+	dialer    *inner.Dialer
+	in        *inbound
+	report    *reporter
+	workloads *workloadapi.Server // nil: no Workload API
 
 	self      atomic.Pointer[controlpb.Self]
 	place     atomic.Pointer[place]
@@ -111,6 +113,9 @@ func New(cfg Config) (*Sidecar, error) {
 		},
 		Changed: s.services.kickAll, Notice: s.notice,
 	})
+	if s.workloads, err = newWorkloadAPI(s); err != nil {
+		return nil, err
+	}
 	return s, nil
 }
 
@@ -128,6 +133,7 @@ type listeners struct {
 	inbound, proxy *listener
 	upstreams      []*listener
 	metrics        net.Listener
+	workloads      *workloadapi.Listener
 }
 
 func (l *listeners) close() {
@@ -144,6 +150,9 @@ func (s *Sidecar) bind() (*listeners, error) {
 		l.close()
 		if l.metrics != nil {
 			l.metrics.Close()
+		}
+		if l.workloads != nil {
+			l.workloads.Close()
 		}
 		return nil, fmt.Errorf("sidecar: listen for %s: %w", what, err)
 	}
@@ -171,6 +180,12 @@ func (s *Sidecar) bind() (*listeners, error) {
 		l.upstreams = append(l.upstreams, x)
 		addrs.Upstreams = append(addrs.Upstreams, x.Addr().String())
 	}
+	if s.workloads != nil {
+		if l.workloads, err = workloadapi.Listen(s.cfg.WorkloadAPI, s.log); err != nil {
+			return fail("the SPIFFE Workload API", err)
+		}
+		addrs.WorkloadAPI = "unix://" + l.workloads.Addr().String()
+	}
 	l.inbound.serve = s.in.serve
 	s.advertise = advertised(s.cfg.InboundAdvertise, l.inbound.Addr())
 	s.cfg.Bound(addrs)
@@ -193,6 +208,9 @@ func (s *Sidecar) Run(ctx context.Context) error {
 	background.Go(func() { s.report.run(back) })
 	background.Go(func() { s.housekeep(back) })
 	background.Go(func() { s.followTrust(back) })
+	if l.workloads != nil {
+		background.Go(func() { s.serveWorkloadAPI(back, l.workloads) })
+	}
 
 	unwatch := s.cfg.Client.Watch(s.apply)
 	s.cfg.Client.Subscribe(controlpb.TypeSelf, s.cfg.Proxy)
