@@ -19,6 +19,11 @@ type gatewaySettings struct {
 	Name          string        `name:"name" help:"name of the gateway (default: the token's)"`
 	TokenFile     string        `name:"token-file" help:"registration token, needed once"`
 	ControlPlane  []string      `name:"control-plane" help:"HOST:7400 of each control plane replica (default: the token's)"`
+	SPIFFESocket  string        `name:"spiffe-endpoint-socket" help:"take the identity from this SPIFFE Workload API, unix:///path, instead of a token (default: SPIFFE_ENDPOINT_SOCKET)"`
+	Cluster       string        `name:"cluster" help:"name of the cluster; with a Workload API only, as the next three"`
+	Federation    string        `name:"federation" help:"name of the federation"`
+	Region        string        `name:"region" help:"region it is in"`
+	Zone          string        `name:"zone" help:"zone it is in"`
 	Listen        string        `name:"listen" default:":7443" help:"UDP and TCP address for other clusters' gateways"`
 	Advertise     []string      `name:"advertise" help:"HOST:PORT where other clusters reach --listen"`
 	LocalListen   string        `name:"local-listen" default:":7444" help:"address for this cluster's sidecars"`
@@ -33,11 +38,14 @@ type gatewaySettings struct {
 
 func gatewayRun(ctx context.Context, args []string, getenv func(string) (string, bool), out, errw io.Writer) error {
 	var s gatewaySettings
-	s.DataDir = defaultDir("gateway", getenv)
+	s.DataDir, s.SPIFFESocket = defaultDir("gateway", getenv), endpointSocket(getenv)
 	if err := settings.Bind("gateway", &s).Resolve(args, getenv, sections, out); err != nil {
 		return err
 	}
-	p, err := start(ctx, proxyclient.Gateway, s.Name, common{s.DataDir, s.TokenFile, s.LogLevel, s.ControlPlane, s.RenewEvery, sampling(s.Sampling)}, errw)
+	p, err := start(ctx, proxyclient.Gateway, s.Name, common{
+		s.DataDir, s.TokenFile, s.LogLevel, s.ControlPlane, s.RenewEvery, sampling(s.Sampling),
+		elsewhere{s.SPIFFESocket, s.Cluster, s.Federation, s.Region, s.Zone, ""},
+	}, errw)
 	if err != nil {
 		return err
 	}

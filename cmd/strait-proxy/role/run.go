@@ -66,6 +66,7 @@ type common struct {
 	controlPlane                 []string
 	renewEvery                   time.Duration
 	sampling                     float64
+	elsewhere                    elsewhere
 }
 
 // process is what both roles stand on.
@@ -95,12 +96,17 @@ func start(ctx context.Context, role proxyclient.Role, name string, c common, er
 	if p.dir, err = datadir.Open(c.dataDir, datadir.Options{Lock: true}); err != nil {
 		return nil, err
 	}
-	if name, err = p.name(name, c.tokenFile); err != nil {
+	self, err := c.elsewhere.self(role, name, c.controlPlane)
+	if err == nil {
+		name, err = p.name(name, c.tokenFile)
+	}
+	if err != nil {
 		return nil, errors.Join(err, p.dir.Close())
 	}
 	p.client, err = proxyclient.Open(ctx, proxyclient.Config{
 		Role: role, Name: name, DataDir: p.dir, ControlPlane: c.controlPlane, TokenFile: c.tokenFile,
 		Version: version.String(), RenewEvery: c.renewEvery, Logger: p.log,
+		WorkloadAPI: c.elsewhere.socket, Self: self, ServiceAccount: c.elsewhere.serviceAccount,
 	})
 	if err != nil {
 		return nil, errors.Join(err, p.dir.Close())
