@@ -191,6 +191,32 @@ func TestNoResumption(t *testing.T) {
 	}
 }
 
+// TestResumedSessionIsRefused: class T1, the second line. Were tickets ever given out, what resumes is refused all the same, before and
+// after a withdrawal.
+func TestResumedSessionIsRefused(t *testing.T) {
+	m := newMeshes(t, at(t0))
+	anyone := trust.TLSOptions{Authorize: trust.AuthorizeAny(), ServerName: "b"}
+	client, server := m.a.ClientTLS(anyone), m.b.ServerTLS(anyone)
+	server.SessionTicketsDisabled, client.SessionTicketsDisabled = false, false
+	client.ClientSessionCache = tls.NewLRUClientSessionCache(200)
+	if ce, se, _, _ := exchange(t, client, server); ce != nil || se != nil {
+		t.Fatalf("client %v, server %v", ce, se)
+	}
+	kept, ok := client.ClientSessionCache.Get("b")
+	if !ok {
+		t.Fatal("no ticket: this test shows nothing")
+	}
+	for i := range 100 {
+		if i == 50 {
+			m.b.SetBundles(m.b.Bundles().Without(m.idA.TrustDomain()))
+		}
+		client.ClientSessionCache.Put("b", kept)
+		if ce, se, _, ss := exchange(t, client, server); ce == nil || reason(se) != "untrusted" && reason(ce) != "untrusted" || ss.HandshakeComplete {
+			t.Fatalf("attempt %d: client %v, server %v", i, ce, se)
+		}
+	}
+}
+
 // TestClientTakesNoTickets: even a server that hands tickets out resumes nothing with our client.
 func TestClientTakesNoTickets(t *testing.T) {
 	m := newMeshes(t, at(t0))
