@@ -14,7 +14,6 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/federate"
-	"github.com/strait-mesh/strait/controlplane/identity"
 	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/problem"
@@ -249,41 +248,6 @@ func dialable(addr string) string {
 		}
 	}
 	return addr
-}
-
-// WorkloadEvict implements controlpb.OperatorServer.
-func (o *operator) WorkloadEvict(ctx context.Context, req *controlpb.WorkloadEvictRequest) (*controlpb.WorkloadEvictResponse, error) {
-	id, err := spiffeid.Parse(req.SpiffeId)
-	if err != nil {
-		return nil, wire.ToStatus(problem.New(problem.Usage, "%v", err))
-	}
-	if _, _, workload := id.Workload(); !workload {
-		if err := o.mayWithdraw(ctx, id); err != nil {
-			return nil, wire.ToStatus(err)
-		}
-	}
-	if err := o.c.denied.Add(id, req.Reason); err != nil {
-		return nil, wire.ToStatus(err)
-	}
-	return &controlpb.WorkloadEvictResponse{}, nil
-}
-
-// mayWithdraw judges the withdrawal of what is no workload: gateways and operators are an admin's matter, and the control plane's own
-// identities nobody's, since nothing could be said to a proxy any more.
-func (o *operator) mayWithdraw(ctx context.Context, id spiffeid.ID) error {
-	_, gateway := id.Gateway()
-	_, person := id.Operator()
-	if !gateway && !person {
-		return problem.New(problem.Usage, "%s is neither a workload nor a gateway nor an operator", id)
-	}
-	caller, err := identity.IDFromContext(ctx)
-	if err != nil {
-		return nil // the local socket: admin
-	}
-	if name, _ := caller.Operator(); o.c.roles.of(name, o.c.now()) < roleAdmin {
-		return problem.New(problem.AccessDenied, "%s may withdraw workloads only", caller)
-	}
-	return nil
 }
 
 // AccessIssue implements controlpb.OperatorServer.
