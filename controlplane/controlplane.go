@@ -48,6 +48,7 @@ type Config struct {
 	SVIDTTL       time.Duration // 36 h
 	JoinExpiry    time.Duration // 24 h
 	AllowLoopback bool          // accept loopback addresses of peers' gateways: federations on one machine
+	Bundles       BundlesConfig // federation with trust domains of no members
 	Forward       func([]*tracepb.ResourceSpans)
 	Now           func() time.Time
 	Logger        *slog.Logger
@@ -58,6 +59,7 @@ type Addrs struct {
 	Listen  string
 	API     string
 	Metrics string
+	Bundle  string `json:",omitempty"`
 }
 
 // ControlPlane is one replica. Make it with New, then Run it.
@@ -79,6 +81,7 @@ type ControlPlane struct {
 	registry *withdrawal.Registry
 	metrics  *metric.Registry
 	rotation rotationState
+	foreign  foreignTrust
 
 	api       *configapi.Server
 	objects   *objects.Store
@@ -142,6 +145,9 @@ func (c *ControlPlane) open() (err error) {
 	if err := c.openRotation(); err != nil {
 		return err
 	}
+	if err := c.openBundles(); err != nil {
+		return err
+	}
 	c.metrics = metric.New(metric.Config{Role: "controlplane", Version: version.String(), Process: true})
 	c.registry = withdrawal.New(withdrawal.Config{Now: c.now})
 	c.source = trust.NewSource(trust.SourceConfig{Now: c.now, Logger: c.log})
@@ -182,7 +188,7 @@ func (c *ControlPlane) parts() (err error) {
 			p, ok := identity.PeerFromContext(ctx)
 			return p.ID, ok
 		},
-		Acked: c.acked, AckedChanged: c.discovery.Changed, Denied: c.ownDenials, DeniedChanged: c.denied.Changed,
+		BundleChanged: c.authorityChanged, Acked: c.acked, AckedChanged: c.discovery.Changed, Denied: c.ownDenials, DeniedChanged: c.denied.Changed,
 		Objects: peerObjects{c}, GatewayAddresses: c.gatewayAddresses, Introducers: c.introducers,
 		CatalogTTL: c.cfg.CatalogTTL, JoinExpiry: c.cfg.JoinExpiry, AllowLoopback: c.cfg.AllowLoopback,
 		Version: version.String(), Now: c.now, Logger: c.log,
@@ -233,6 +239,7 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 	for name, run := range map[string]func(context.Context) error{
 		"sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
 		"compile": c.compileLoop, "identity": c.renewLoop, "peers": c.samenessLoop, "status": c.statusLoop, "denied": c.denyLoop,
+		"bundles":  c.bundlesLoop,
 		"rotation": c.rotationLoop, "renewed": c.rotation.Run,
 	} {
 		wg.Go(func() {
@@ -333,6 +340,11 @@ func (c *ControlPlane) listen(ctx context.Context) ([]server, error) {
 	if err != nil {
 		return fail(err)
 	}
+	bundles, err := c.listenBundles()
+	if err != nil {
+		return fail(err)
+	}
+	servers = append(servers, bundles...)
 	if c.cfg.MetricsListen != "off" {
 		m, err := c.listenMetrics()
 		if err != nil {

@@ -96,9 +96,9 @@ func progressOf(rows []rotation.Row) []*controlpb.RotationProgress {
 	return out
 }
 
-// trustedBundles are the bundles of other members.
+// trustedBundles are the bundles of other members, and of followed trust domains.
 func (c *ControlPlane) trustedBundles() []*controlpb.TrustedBundle {
-	var out []*controlpb.TrustedBundle
+	out := c.followedBundles()
 	for _, p := range c.federate.View().Peers {
 		if !p.Trusted() || p.Bundle == nil {
 			continue

@@ -38,7 +38,7 @@ func (c *ControlPlane) compileLoop(ctx context.Context) error {
 	resync := time.NewTicker(resyncCompile)
 	defer resync.Stop()
 	for {
-		changed := []<-chan struct{}{c.objects.Changed(), c.sessions.Changed(), c.federate.Changed(), c.denied.Changed(), c.authorityChanged()}
+		changed := []<-chan struct{}{c.objects.Changed(), c.sessions.Changed(), c.federate.Changed(), c.denied.Changed(), c.authorityChanged(), c.foreign.Changed()}
 		revision := c.sessions.View().Revision
 		in := c.input(last)
 		out := compile.Compile(in)
@@ -75,6 +75,8 @@ func (c *ControlPlane) waitForChange(ctx context.Context, changed []<-chan struc
 		case <-changed[3]:
 			waiting = false
 		case <-changed[4]:
+			waiting = false
+		case <-changed[5]:
 			waiting = false
 		case <-resync:
 			waiting = false
@@ -153,7 +155,7 @@ func (c *ControlPlane) input(last compile.LastGood) compile.Input {
 			Federation: c.self.federation, Cluster: c.self.cluster, Locality: c.self.locality, TrustDomain: c.self.trustDomain,
 			Bundle: own.Marshal(), BundleSeq: own.Sequence(), RenewIssuedBefore: c.recall(),
 		},
-		Objects: c.objects.Objects(), LastGood: last,
+		Objects: c.objects.Objects(), LastGood: last, Foreign: c.foreignInput(),
 	}
 	for _, s := range c.sessions.View().Sessions {
 		in.Sessions = append(in.Sessions, sessionInput(s))

@@ -23,6 +23,10 @@ type controlPlaneSettings struct {
 	SVIDTTL       time.Duration `name:"svid-ttl" default:"36h" help:"validity of the identities issued"`
 	JoinExpiry    time.Duration `name:"join-expiry" default:"24h" help:"how long an interrupted join may be resumed"`
 	AllowLoopback bool          `name:"allow-loopback" help:"accept loopback addresses of other clusters' gateways: for federations on one machine"`
+	BundleListen  string        `name:"bundle-listen" help:"address of the SPIFFE bundle endpoint, usually :7404 (default: none)"`
+	BundleWebCert string        `name:"bundle-web-cert" help:"PEM certificate of the bundle endpoint: profile https_web in place of https_spiffe"`
+	BundleWebKey  string        `name:"bundle-web-key" help:"PEM key of --bundle-web-cert; both files are read again when they change"`
+	BundleRoots   string        `name:"bundle-web-roots" help:"PEM roots that verify bundle endpoints of profile https_web (default: the system's)"`
 	LogLevel      string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
 }
 
@@ -51,7 +55,11 @@ func controlPlaneRun(ctx context.Context, e *env, args []string) error {
 	}
 	cp, err := controlplane.New(controlplane.Config{
 		DataDir: s.DataDir, Listen: s.Listen, APIListen: s.APIListen, MetricsListen: s.MetricsListen, Advertise: s.Advertise,
-		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, AllowLoopback: s.AllowLoopback, Forward: forward, Logger: log,
+		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, AllowLoopback: s.AllowLoopback,
+		Bundles: controlplane.BundlesConfig{
+			Listen: s.BundleListen, WebCert: s.BundleWebCert, WebKey: s.BundleWebKey, WebRoots: s.BundleRoots, AllowLocalTarget: s.AllowLoopback,
+		},
+		Forward: forward, Logger: log,
 	})
 	if err != nil {
 		return err
