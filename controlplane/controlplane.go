@@ -48,6 +48,7 @@ type Config struct {
 	SVIDTTL       time.Duration // 36 h
 	JoinExpiry    time.Duration // 24 h
 	AllowLoopback bool          // accept loopback addresses of peers' gateways: federations on one machine
+	WorkloadAPI   string        // unix:///path where identities come from, if Init was told so; empty otherwise
 	Bundles       BundlesConfig // federation with trust domains of no members
 	Forward       func([]*tracepb.ResourceSpans)
 	Now           func() time.Time
@@ -73,7 +74,7 @@ type ControlPlane struct {
 	dir      *datadir.Dir
 	ca       *ca.CA    // nil where identities come from a Workload API: ask issuer, or look first
 	apiCA    *ca.API   // of the configuration API, ours in any case
-	issuer   authority // ca, or the Workload API
+	issuer   authority // ca, or elsewhere
 	source   *trust.Source
 	signer   atomic.Pointer[trust.Identity]
 	tokens   *register.Tokens
@@ -96,6 +97,8 @@ type ControlPlane struct {
 	owners   atomic.Pointer[map[string]spiffeid.ID] // proxy → the one identity that it may have
 	revision atomic.Uint64
 	roles    operatorRoles
+
+	elsewhere *workloadAPI // where identities come from; nil with a CA
 }
 
 // New opens the data directory and its keys. It listens to nothing.
@@ -129,10 +132,9 @@ func (c *ControlPlane) open() (err error) {
 	if c.self, err = c.facts.parse(); err != nil {
 		return err
 	}
-	if c.ca, err = ca.Open(c.dir, ca.Config{TrustDomain: c.self.trustDomain, Now: c.now}); err != nil {
+	if err := c.openAuthority(); err != nil {
 		return err
 	}
-	c.issuer, c.apiCA = c.ca, c.ca.API
 	if c.tokens, err = register.OpenTokens(c.dir, c.now); err != nil {
 		return err
 	}
@@ -152,6 +154,10 @@ func (c *ControlPlane) open() (err error) {
 	c.registry = withdrawal.New(withdrawal.Config{Now: c.now})
 	c.source = trust.NewSource(trust.SourceConfig{Now: c.now, Logger: c.log})
 	c.source.SetWithdrawn(c.judgePeer)
+	c.owners.Store(&map[string]spiffeid.ID{})
+	if c.elsewhere != nil {
+		return nil // the rest needs an identity, and Run waits for that
+	}
 	bundles, err := trust.NewBundles(c.issuer.Bundle())
 	if err != nil {
 		return err
@@ -160,7 +166,6 @@ func (c *ControlPlane) open() (err error) {
 	if err := c.issueOwn(); err != nil {
 		return err
 	}
-	c.owners.Store(&map[string]spiffeid.ID{})
 	return c.parts()
 }
 
@@ -207,8 +212,11 @@ func (c *ControlPlane) owner(proxy string) (spiffeid.ID, bool) {
 	return id, ok
 }
 
-// issueOwn makes the control plane's own identities.
+// issueOwn makes the control plane's own identities, where there is a CA.
 func (c *ControlPlane) issueOwn() error {
+	if c.ca == nil {
+		return nil
+	}
 	own, err := c.ca.IssueKey(spiffeid.ControlPlane(c.self.trustDomain), c.cfg.SVIDTTL)
 	if err != nil {
 		return err
@@ -227,6 +235,15 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, c.dir.Close()) }()
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	if c.elsewhere != nil {
+		if err := c.awaitIdentity(ctx); err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, c.elsewhere.Close()) }()
+		if err := c.parts(); err != nil {
+			return err
+		}
+	}
 	if err := c.startAPI(ctx); err != nil {
 		return err
 	}
@@ -362,7 +379,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	}
 	c.addrs.Listen = inner.Addr().String()
 	reg := &register.Server{
-		Tokens: c.tokens, Bundle: c.issuer.Bundle, Cluster: c.facts.Cluster, Federation: c.facts.Federation, Logger: c.log, Now: c.now,
+		Tokens: c.tokens, Bundle: c.issuer.Bundle, Cluster: c.facts.Cluster, Federation: c.facts.Federation, Logger: c.log, Now: c.now, Refused: c.registrationRefused(),
 		Sign: c.issueAtRegistration,
 	}
 	refused := c.metrics.Counter("strait_handshakes_refused_total", "Connections to the control plane that were turned away.", "reason")
@@ -384,7 +401,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 	if err != nil {
 		return server{}, errors.Join(err, l.Close())
 	}
-	g := grpc.NewServer(append(identity.ServerOptions(), grpc.ChainUnaryInterceptor(c.operatorUnary), grpc.ChainStreamInterceptor(c.operatorStream))...)
+	g := grpc.NewServer(append(identity.ServerOptions(), grpc.ChainUnaryInterceptor(c.needsCA, c.operatorUnary), grpc.ChainStreamInterceptor(c.operatorStream))...)
 	ids.Register(g)
 	c.discovery.Register(g)
 	c.sessions.Register(g)

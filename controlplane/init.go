@@ -32,6 +32,7 @@ type Facts struct {
 	Zone             string   `name:"zone" json:"zone,omitempty" help:"zone"`
 	TrustDomain      string   `name:"trust-domain" json:"trust-domain" help:"SPIFFE trust domain"`
 	GatewayAddresses []string `name:"gateway-addresses" json:"gateway-addresses,omitempty" help:"where other clusters reach our gateways"`
+	Identities       string   `name:"identities" json:"identities,omitempty" help:"where identities come from: empty for our CA, workload-api for a SPIFFE Workload API"`
 }
 
 // parsed are the facts as values.
@@ -55,6 +56,9 @@ func (f Facts) parse() (p parsed, err error) {
 	if p.trustDomain, err = spiffeid.ParseTrustDomain(f.TrustDomain); err != nil {
 		return bad("--trust-domain", err)
 	}
+	if f.Identities != "" && f.Identities != FromWorkloadAPI {
+		return bad("identities", fmt.Errorf("%q: want nothing or %s", f.Identities, FromWorkloadAPI))
+	}
 	if f.Region == "" {
 		return bad("--region", errors.New("is required"))
 	}
@@ -77,6 +81,7 @@ type InitConfig struct {
 	Zone             string
 	TrustDomain      string // default <cluster>.<federation>
 	GatewayAddresses []string
+	WorkloadAPI      string // unix:///path: no CA, identities come from there; TrustDomain is required then
 	Now              func() time.Time
 }
 
@@ -85,11 +90,13 @@ type InitResult struct {
 	Federation       string    `json:"federation"`
 	Cluster          string    `json:"cluster"`
 	TrustDomain      string    `json:"trustDomain"`
-	BundleSHA256     string    `json:"bundleSHA256"`
-	RootNotAfter     time.Time `json:"rootNotAfter"`
+	BundleSHA256     string    `json:"bundleSHA256,omitempty"`
+	RootNotAfter     time.Time `json:"rootNotAfter,omitzero"`
 	DataDir          string    `json:"dataDir"`
 	ConfigFile       string    `json:"configFile"`
-	GatewayTokenFile string    `json:"gatewayTokenFile"`
+	GatewayTokenFile string    `json:"gatewayTokenFile,omitempty"`
+	WorkloadAPI      string    `json:"workloadAPI,omitempty"`
+	Entries          []string  `json:"entries,omitempty"` // SPIFFE IDs to register with the Workload API
 }
 
 const (
@@ -103,10 +110,13 @@ const (
 // Init makes a cluster's data directory, offline: keys, strait.yaml and the registration token of the first gateway. It never
 // overwrites one.
 func Init(cfg InitConfig) (*InitResult, error) {
-	if cfg.TrustDomain == "" && cfg.Cluster != "" {
+	if cfg.TrustDomain == "" && cfg.Cluster != "" && cfg.WorkloadAPI == "" {
 		cfg.TrustDomain = cfg.Cluster + "." + cfg.Federation
 	}
 	facts := Facts{Federation: cfg.Federation, Cluster: cfg.Cluster, Region: cfg.Region, Zone: cfg.Zone, TrustDomain: cfg.TrustDomain, GatewayAddresses: cfg.GatewayAddresses}
+	if cfg.WorkloadAPI != "" {
+		facts.Identities = FromWorkloadAPI
+	}
 	p, err := facts.parse()
 	if err != nil {
 		return nil, err
@@ -116,6 +126,9 @@ func Init(cfg InitConfig) (*InitResult, error) {
 			return nil, problem.New(problem.Usage, "--gateway-address %s: want HOST:PORT", a).WithState("nothing was written.")
 		}
 	}
+	if cfg.WorkloadAPI != "" {
+		return initElsewhere(cfg, facts, p)
+	}
 	if _, err := os.Stat(filepath.Join(cfg.DataDir, "ca", "root.pem")); !errors.Is(err, fs.ErrNotExist) {
 		return nil, problem.New(problem.AlreadyInitialized, "%s holds the keys of a cluster", cfg.DataDir).WithState("nothing was written.")
 	}
@@ -124,12 +137,7 @@ func Init(cfg InitConfig) (*InitResult, error) {
 		return nil, err
 	}
 	defer dir.Close()
-	text, err := yaml.Marshal(map[string]any{"cluster": facts, "controlplane": map[string]any{}, "gateway": map[string]any{}})
-	if err != nil {
-		return nil, err
-	}
-	head := "# Written by strait init. The section cluster is fixed; the others take the flags of their role, without dashes.\n"
-	if err := dir.WriteFile(configFile, append([]byte(head), text...)); err != nil {
+	if err := writeConfig(dir, facts, map[string]any{}); err != nil {
 		return nil, err
 	}
 	authority, err := ca.Create(dir, ca.Config{TrustDomain: p.trustDomain, Now: cfg.Now})
@@ -145,6 +153,15 @@ func Init(cfg InitConfig) (*InitResult, error) {
 		BundleSHA256: hex.EncodeToString(sum[:]), RootNotAfter: authority.Bundle().NotAfter(),
 		DataDir: dir.Path(), ConfigFile: dir.Path(configFile), GatewayTokenFile: dir.Path(gatewayTokenFile),
 	}, nil
+}
+
+func writeConfig(dir *datadir.Dir, facts Facts, controlPlane map[string]any) error {
+	text, err := yaml.Marshal(map[string]any{"cluster": facts, "controlplane": controlPlane, "gateway": map[string]any{}})
+	if err != nil {
+		return err
+	}
+	head := "# Written by strait init. The section cluster is fixed; the others take the flags of their role, without dashes.\n"
+	return dir.WriteFile(configFile, append([]byte(head), text...))
 }
 
 func issueGatewayToken(dir *datadir.Dir, authority *ca.CA, p parsed, now func() time.Time) error {

@@ -41,10 +41,10 @@ func (c *ControlPlane) openRotation() (err error) {
 	return err
 }
 
-// authorityChanged is closed at the next change of the CA; nil where identities come from somewhere else.
+// authorityChanged is closed at the next change of the CA, or of what the Workload API says.
 func (c *ControlPlane) authorityChanged() <-chan struct{} {
 	if c.ca == nil {
-		return nil
+		return c.elsewhere.Changed()
 	}
 	return c.ca.Changed()
 }
@@ -60,6 +60,7 @@ func (c *ControlPlane) recall() time.Time {
 // followAuthority puts in force here what the CA has become: the bundle, and identities of the issuer that it has now.
 func (c *ControlPlane) followAuthority() error {
 	if c.ca == nil {
+		c.followElsewhere()
 		return nil
 	}
 	c.rotation.mu.Lock()

@@ -22,7 +22,7 @@ func (c *ControlPlane) listenLocal() ([]server, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := grpc.NewServer()
+	g := grpc.NewServer(grpc.ChainUnaryInterceptor(c.needsCA))
 	controlpb.RegisterOperatorServer(g, &operator{c: c})
 	servers := []server{{"operator socket", func() error { return g.Serve(op) }, func() { stopGRPC(g) }}}
 
@@ -97,8 +97,13 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 			}
 		}
 		expiry.With("leaf", td).Set(float64(c.source.Identity().NotAfter.Unix()))
-		expiry.With("issuer", td).Set(float64(c.issuer.IssuerNotAfter().Unix()))
+		if end := c.issuer.IssuerNotAfter(); !end.IsZero() {
+			expiry.With("issuer", td).Set(float64(end.Unix()))
+		}
 		expiry.With("root", td).Set(float64(c.issuer.Bundle().NotAfter().Unix()))
+		if c.elsewhere != nil {
+			wait = min(wait, 10*time.Second) // the Workload API renews when it likes
+		}
 		t.Reset(wait)
 	}
 }

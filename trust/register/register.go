@@ -78,6 +78,7 @@ type Server struct {
 	Bundle     func() *trust.Bundle
 	Cluster    string
 	Federation string
+	Refused    error        // answers every registration; nil: tokens are judged
 	Logger     *slog.Logger // nil: discard
 	// Rate is how many exchanges a second are answered in all, with a burst of ten times as many; 0: 20. One address gets a
 	// tenth of it.
@@ -159,6 +160,9 @@ func (s *Server) answer(c *tls.Conn, req *controlpb.RegisterRequest) *controlpb.
 func (s *Server) grant(c *tls.Conn, req *controlpb.RegisterRequest) (Grant, [][]byte, error) {
 	if !s.limit.admit(c.RemoteAddr(), s.now(), s.Rate) {
 		return Grant{}, nil, problem.New(problem.RegistrationBusy, "registrations are limited").WithWhy("too many registrations at once")
+	}
+	if s.Refused != nil {
+		return Grant{}, nil, s.Refused
 	}
 	exp, err := exporter(c)
 	if err != nil {
