@@ -4,9 +4,6 @@ package ca
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -26,29 +23,30 @@ const apiFile = "ca/api.pem"
 type API struct {
 	pair *pair
 	now  func() time.Time
+	log  *ledger
 }
 
 // CreateAPI makes a new API CA below dir, in place of one that is there.
 func CreateAPI(dir *datadir.Dir, cfg Config) (*API, error) {
 	c := newCA(dir, cfg)
-	p, err := selfSigned(caTemplate("Strait API CA of "+c.td.String(), c.now(), RootLifetime, 0, spiffeid.TrustDomain{}))
+	p, err := selfSigned(caTemplate("Strait API CA of "+c.td.String(), randomSerial(), c.now(), RootLifetime, 0, spiffeid.TrustDomain{}))
 	if err == nil {
-		err = c.save(apiFile, p)
+		err = savePair(c.dir, apiFile, p)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("create API CA: %w", err)
 	}
-	return &API{p, c.now}, nil
+	return &API{p, c.now, newLedger(c.dir, "api")}, nil
 }
 
 // OpenAPI reads the API CA below dir.
 func OpenAPI(dir *datadir.Dir, cfg Config) (*API, error) {
 	c := newCA(dir, cfg)
-	p, err := c.load(apiFile)
+	p, err := loadPair(c.dir, apiFile)
 	if err != nil {
 		return nil, fmt.Errorf("open API CA: %w", err)
 	}
-	return &API{p, c.now}, nil
+	return &API{p, c.now, newLedger(c.dir, "api")}, nil
 }
 
 // APIRootPEM is the certificate that clients of the configuration API verify against.
@@ -58,7 +56,7 @@ func (a *API) APIRootPEM() []byte {
 
 // IssueServing makes a key and a serving certificate of the configuration API for DNS names and addresses.
 func (a *API) IssueServing(dns []string, ips []net.IP, ttl time.Duration) (certPEM, keyPEM []byte, err error) {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	key, err := newECKey()
 	if err != nil {
 		return nil, nil, fmt.Errorf("issue serving certificate: %w", err)
 	}
@@ -88,16 +86,27 @@ func (a *API) sign(pub crypto.PublicKey, subject pkix.Name, usage x509.ExtKeyUsa
 		ttl = DefaultTTL
 	}
 	now := a.now()
+	serial, err := a.log.serial(now)
+	if err != nil {
+		return nil, fmt.Errorf("issue %s: %w", subject.CommonName, err)
+	}
 	t := &x509.Certificate{
-		SerialNumber: serial(), Subject: subject, NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
+		SerialNumber: serial, Subject: subject, NotBefore: now.Add(-Backdate), NotAfter: now.Add(ttl), BasicConstraintsValid: true,
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{usage}, DNSNames: dns, IPAddresses: ips,
 	}
 	if t.NotAfter.After(a.pair.cert.NotAfter) {
 		t.NotAfter = a.pair.cert.NotAfter
 	}
-	der, err := x509.CreateCertificate(rand.Reader, t, a.pair.cert, pub, a.pair.key)
+	cert, err := sign(t, a.pair.cert, pub, a.pair.key)
+	if err == nil {
+		kind := "serving"
+		if usage == x509.ExtKeyUsageClientAuth {
+			kind = "client"
+		}
+		err = a.log.record(cert, subject.CommonName, kind, "control plane", now)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("issue %s: %w", subject.CommonName, err)
 	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), nil
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Raw}), nil
 }
