@@ -194,7 +194,8 @@ func TestNoControlPlane(t *testing.T) {
 	args := map[string][]string{
 		"strait why": {"checkout"}, "strait ping": {"eu-west"}, "strait join": {"-"}, "strait leave": {"--yes"}, "strait token revoke": {"x"}, "strait token gateway": {"g", "--out", t.TempDir() + "/t"},
 		"strait member describe": {"x"}, "strait member approve": {"x"}, "strait member evict": {"x", "--yes"}, "strait export": {"a", "--to", "b"}, "strait unexport": {"a"},
-		"strait service describe": {"a"}, "strait workload register": {"a/b"}, "strait failover set": {"a", "--order", "local"}, "strait apply": {"-f", "/dev/null"}, "strait get": {"workload"},
+		"strait service describe": {"a"}, "strait workload register": {"a/b"},
+		"strait workload evict": {"a/b", "--yes"}, "strait workload readmit": {"a/b"}, "strait trust revoke": {"spiffe://a/ns/b/sa/c", "--yes"}, "strait failover set": {"a", "--order", "local"}, "strait apply": {"-f", "/dev/null"}, "strait get": {"workload"},
 		"strait delete": {"workload", "a/b"}, "strait access issue": {"ada", "--out", t.TempDir()}, "strait backup": {"--out", "-"}, "strait restore": {"/nonexistent"},
 		"strait demo break": {"eu-west"}, "strait demo heal": {"eu-west"}, "strait demo down": {}, "strait context use": {"x"},
 	}

@@ -88,3 +88,13 @@ func (r *Rendering) Joined(st *controlpb.StatusResponse, last *controlpb.JoinPro
 
 // Report renders an error and returns its exit code.
 func (r *Rendering) Report(err error) int { return r.e.report(context.Background(), err) }
+
+// Withdrawn renders what came of a withdrawal.
+func (r *Rendering) Withdrawn(word string, s *controlpb.WithdrawalStatus) error {
+	return r.e.withdrawn(word, s)
+}
+
+// Withdrawals renders strait trust withdrawals.
+func (r *Rendering) Withdrawals(w *controlpb.WithdrawalsResponse) error {
+	return r.e.renderWithdrawals(w)
+}

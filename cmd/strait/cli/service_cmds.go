@@ -220,6 +220,7 @@ its sidecar obtains its identity. Several workloads may share one sidecar (--pro
 	list := &cobra.Command{Use: "list", Short: "List workloads", Args: cobra.NoArgs, Example: "  strait workload list\n  strait workload list -o yaml",
 		RunE: func(cmd *cobra.Command, _ []string) error { return getRun(cmd.Context(), e, "Workload", "") }}
 	c.AddCommand(reg, list)
+	c.AddCommand(withdrawWorkloadCmds(e)...)
 	return c
 }
 
