@@ -68,7 +68,7 @@ func (k resourceKind) in(d dynamic.Interface, ns string) dynamic.ResourceInterfa
 }
 
 func configCommands(e *env) []*cobra.Command {
-	return []*cobra.Command{newApplyCmd(e), newGetCmd(e), newDeleteCmd(e), newAccessCmd(e), newBackupCmd(e), newRestoreCmd(e)}
+	return []*cobra.Command{newApplyCmd(e), newGetCmd(e), newDeleteCmd(e), newTrustCmd(e), newAccessCmd(e), newBackupCmd(e), newRestoreCmd(e)}
 }
 
 func newApplyCmd(e *env) *cobra.Command {
