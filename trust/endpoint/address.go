@@ -42,3 +42,15 @@ func ParseAddress(s string) (network, address string, err error) {
 	}
 	return "", "", errors.New("want unix:///path/of/the/socket (or tcp://IP:port)")
 }
+
+// StandardEnv makes the standard variable the value of a setting spiffe-endpoint-socket whose own variable, STRAIT_SPIFFE_ENDPOINT_SOCKET,
+// is not set: stronger than a file, weaker than a flag.
+func StandardEnv(getenv func(string) (string, bool)) func(string) (string, bool) {
+	return func(name string) (string, bool) {
+		v, ok := getenv(name)
+		if !ok && name == "STRAIT_"+SocketEnv {
+			return getenv(SocketEnv)
+		}
+		return v, ok
+	}
+}

@@ -16,12 +16,6 @@ type elsewhere struct {
 	socket, cluster, federation, region, zone, serviceAccount string
 }
 
-// endpointSocket is the standard variable's value, as the default of the setting.
-func endpointSocket(getenv func(string) (string, bool)) string {
-	v, _ := getenv(endpoint.SocketEnv)
-	return v
-}
-
 // self judges the settings; without a socket there is nothing to tell.
 func (e elsewhere) self(role proxyclient.Role, name string, controlPlane []string) (info proxyclient.Info, err error) {
 	if e.socket == "" {

@@ -11,6 +11,7 @@ import (
 	"github.com/strait-mesh/strait/gateway"
 	"github.com/strait-mesh/strait/internal/settings"
 	"github.com/strait-mesh/strait/internal/version"
+	"github.com/strait-mesh/strait/trust/endpoint"
 )
 
 // gatewaySettings is the section "gateway" of strait.yaml.
@@ -38,8 +39,8 @@ type gatewaySettings struct {
 
 func gatewayRun(ctx context.Context, args []string, getenv func(string) (string, bool), out, errw io.Writer) error {
 	var s gatewaySettings
-	s.DataDir, s.SPIFFESocket = defaultDir("gateway", getenv), endpointSocket(getenv)
-	if err := settings.Bind("gateway", &s).Resolve(args, getenv, sections, out); err != nil {
+	s.DataDir = defaultDir("gateway", getenv)
+	if err := settings.Bind("gateway", &s).Resolve(args, endpoint.StandardEnv(getenv), sections, out); err != nil {
 		return err
 	}
 	p, err := start(ctx, proxyclient.Gateway, s.Name, common{

@@ -12,6 +12,7 @@ import (
 	"github.com/strait-mesh/strait/internal/settings"
 	"github.com/strait-mesh/strait/internal/version"
 	"github.com/strait-mesh/strait/sidecar"
+	"github.com/strait-mesh/strait/trust/endpoint"
 )
 
 // sidecarSettings is the section "sidecar" of strait.yaml.
@@ -43,8 +44,8 @@ type sidecarSettings struct {
 
 func sidecarRun(ctx context.Context, args []string, getenv func(string) (string, bool), out, errw io.Writer) error {
 	var s sidecarSettings
-	s.DataDir, s.SPIFFESocket = defaultDir("sidecar", getenv), endpointSocket(getenv)
-	if err := settings.Bind("sidecar", &s).Resolve(args, getenv, sections, out); err != nil {
+	s.DataDir = defaultDir("sidecar", getenv)
+	if err := settings.Bind("sidecar", &s).Resolve(args, endpoint.StandardEnv(getenv), sections, out); err != nil {
 		return err
 	}
 	upstreams := make([]sidecar.Upstream, 0, len(s.Upstreams))

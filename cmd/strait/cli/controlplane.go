@@ -27,6 +27,7 @@ type controlPlaneSettings struct {
 	BundleWebCert string        `name:"bundle-web-cert" help:"PEM certificate of the bundle endpoint: profile https_web in place of https_spiffe"`
 	BundleWebKey  string        `name:"bundle-web-key" help:"PEM key of --bundle-web-cert; both files are read again when they change"`
 	BundleRoots   string        `name:"bundle-web-roots" help:"PEM roots that verify bundle endpoints of profile https_web (default: the system's)"`
+	SPIFFESocket  string        `name:"spiffe-endpoint-socket" help:"where the SPIFFE Workload API listens that strait init was told of, unix:///path (SPIFFE_ENDPOINT_SOCKET)"`
 	LogLevel      string        `name:"log-level" default:"info" help:"debug, info, warn or error"`
 }
 
@@ -55,7 +56,7 @@ func controlPlaneRun(ctx context.Context, e *env, args []string) error {
 	}
 	cp, err := controlplane.New(controlplane.Config{
 		DataDir: s.DataDir, Listen: s.Listen, APIListen: s.APIListen, MetricsListen: s.MetricsListen, Advertise: s.Advertise,
-		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, AllowLoopback: s.AllowLoopback,
+		CatalogTTL: s.CatalogTTL, SVIDTTL: s.SVIDTTL, JoinExpiry: s.JoinExpiry, AllowLoopback: s.AllowLoopback, WorkloadAPI: s.SPIFFESocket,
 		Bundles: controlplane.BundlesConfig{
 			Listen: s.BundleListen, WebCert: s.BundleWebCert, WebKey: s.BundleWebKey, WebRoots: s.BundleRoots, AllowLocalTarget: s.AllowLoopback,
 		},

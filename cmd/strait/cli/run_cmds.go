@@ -15,6 +15,7 @@ import (
 
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/settings"
+	"github.com/strait-mesh/strait/trust/endpoint"
 )
 
 // sections of strait.yaml.
@@ -71,7 +72,7 @@ func execProxy(args []string) error {
 
 // resolveRole binds and merges a role's settings; done is true when help or the configuration was printed.
 func (e *env) resolveRole(role string, cfg any, args []string) (done bool, err error) {
-	err = settings.Bind(role, cfg).Resolve(args, e.getenv, sections, e.out)
+	err = settings.Bind(role, cfg).Resolve(args, endpoint.StandardEnv(e.getenv), sections, e.out)
 	if errors.Is(err, settings.ErrHelp) || errors.Is(err, settings.ErrPrinted) {
 		return true, nil
 	}
