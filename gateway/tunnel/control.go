@@ -87,6 +87,8 @@ func (s *Session) readNotices(st Stream) {
 			if s.retiring.CompareAndSwap(0, time.Now().UnixNano()) {
 				s.e.changed()
 			}
+		case noticeNarrow:
+			s.tooNarrow(true)
 		}
 	}
 }
@@ -128,6 +130,8 @@ func (s *Session) sendPackets(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case n := <-s.probes:
+			s.sendProbe(n)
 		case b := <-s.packets:
 			err := s.control.sendPacket(b)
 			if !errors.Is(err, errTooLarge) && !errors.Is(err, errNoDatagrams) {
@@ -147,6 +151,9 @@ func (s *Session) receivePackets(ctx context.Context) {
 		b, err := s.control.receivePacket(ctx)
 		if err != nil {
 			return // watch sees the link end
+		}
+		if s.takeProbe(b) {
+			continue
 		}
 		s.deliver(b)
 	}

@@ -24,6 +24,7 @@ const (
 	nextAddress   = 200 * time.Millisecond // between the addresses of one gateway
 	dialTimeout   = 6 * time.Second
 	returnToQUIC  = 60 * time.Second
+	maxReturn     = 10 * time.Minute
 	replaceJitter = 10 * time.Minute
 	rescueEvery   = 10 * time.Second // at most, dialling beside a session that is suspect
 )
@@ -37,7 +38,32 @@ type dialer struct {
 	cancel context.CancelFunc
 
 	rescued time.Time // when a suspect session was last dialled around
+	trial   trial
 }
+
+// trial says how long a peer is served over TCP before QUIC is tried again: a path that drops UDP now and then must not cost a move a
+// minute. Each relapse within ten minutes of a return doubles the wait.
+type trial struct {
+	wait     time.Duration // 0: returnToQUIC
+	returned time.Time     // to QUIC, zero when the present session is none
+}
+
+// fell is called when a session runs on TCP; it returns how long that one is to stay.
+func (t *trial) fell(now time.Time) time.Duration {
+	switch {
+	case t.wait == 0:
+		t.wait = returnToQUIC
+	case t.returned.IsZero():
+	case now.Sub(t.returned) < maxReturn:
+		t.wait = min(2*t.wait, maxReturn)
+	default:
+		t.wait = returnToQUIC
+	}
+	t.returned = time.Time{}
+	return t.wait
+}
+
+func (t *trial) back(now time.Time) { t.returned = now }
 
 // kick makes the dialer try again now.
 func (d *dialer) kick() {
@@ -156,11 +182,19 @@ func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) 
 	}
 	wait := time.Until(s.since.Add(s.notAfter.Sub(s.since)/2)) - rand.N(replaceJitter)
 	if s.transport == TCP && !d.e.cfg.DisableUDP {
-		wait = min(wait, jitter(returnToQUIC))
+		wait = min(wait, jitter(d.trial.fell(time.Now())))
 	}
 	t := time.NewTimer(max(wait, backoffMax))
 	defer t.Stop()
 	for {
+		if s.narrowed.Load() {
+			if d.replace(ctx, s, d.e.race) {
+				s.fail(errNarrow) // what is stuck on it would never end
+			} else {
+				d.sleep(ctx, jitter(time.Second), nil)
+			}
+			return
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -181,24 +215,27 @@ func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) 
 			if s.transport == TCP && time.Until(s.notAfter) > s.notAfter.Sub(s.since)/2 {
 				dial = d.e.raceQUIC // nothing else would be an improvement
 			}
-			d.replace(ctx, s, dial)
+			if d.replace(ctx, s, dial) && s.transport == TCP {
+				d.trial.back(time.Now())
+			}
 			return
 		}
 	}
 }
 
 // replace dials anew and retires s on success.
-func (d *dialer) replace(ctx context.Context, s *Session, dial dialFunc) {
+func (d *dialer) replace(ctx context.Context, s *Session, dial dialFunc) bool {
 	n, err := dial(ctx, d.key.td, d.addr)
 	if err != nil {
-		return
+		return false
 	}
 	n.target = d.key.gateway
 	if err := d.e.add(n); err != nil {
 		n.discard()
-		return
+		return false
 	}
 	s.retire()
+	return true
 }
 
 type dialFunc func(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error)

@@ -62,6 +62,7 @@ type link interface {
 	open(ctx context.Context) (counted, error)
 	accept(ctx context.Context) (counted, error)
 	sendPacket(b []byte) error
+	packetSize() int // of the largest packet that sendPacket takes now; 0 without datagrams
 	receivePacket(ctx context.Context) ([]byte, error)
 	state() tls.ConnectionState
 	remoteAddr() net.Addr

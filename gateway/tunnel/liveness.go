@@ -98,6 +98,13 @@ func (p *pulse) state(now time.Time) State {
 	return judge(now.Sub(p.last), p.rtt)
 }
 
+// silence is how long ago the last answer came.
+func (p *pulse) silence(now time.Time) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return now.Sub(p.last)
+}
+
 // totals feeds the transport's running totals of packets.
 func (p *pulse) totals(sent, lost uint64) {
 	p.mu.Lock()
@@ -150,6 +157,9 @@ func (s *Session) pinger(ctx context.Context) {
 			return
 		}
 		s.setState(state)
+		if s.probeWidth(now) {
+			s.tooNarrow(false)
+		}
 	}
 }
 

@@ -222,6 +222,7 @@ func parseMarker(b []byte) (Marker, error) {
 const (
 	noticeDrain  = 1
 	noticeRetire = 2
+	noticeNarrow = 3 // full packets of this end vanish: dial anew
 )
 
 type notice struct {

@@ -18,6 +18,7 @@ type path struct {
 	tcp    net.Listener
 	target string
 	noUDP  atomic.Bool
+	widest atomic.Int64 // larger datagrams are swallowed, counted with 28 bytes of headers; 0: none
 	wg     sync.WaitGroup
 
 	mu   sync.Mutex
@@ -51,7 +52,7 @@ func (p *path) forwardUDP() {
 		if err != nil {
 			return
 		}
-		if p.noUDP.Load() {
+		if p.swallows(n) {
 			continue
 		}
 		p.mu.Lock()
@@ -66,6 +67,11 @@ func (p *path) forwardUDP() {
 	}
 }
 
+func (p *path) swallows(n int) bool {
+	w := p.widest.Load()
+	return p.noUDP.Load() || w > 0 && int64(n)+28 > w
+}
+
 func (p *path) answerUDP(c net.Conn, to net.Addr) {
 	b := make([]byte, 2048)
 	for {
@@ -73,7 +79,7 @@ func (p *path) answerUDP(c net.Conn, to net.Addr) {
 		if err != nil {
 			return
 		}
-		if !p.noUDP.Load() {
+		if !p.swallows(n) {
 			_, _ = p.udp.WriteTo(b[:n], to)
 		}
 	}

@@ -72,6 +72,17 @@ func (l *quicLink) sendPacket(b []byte) error {
 	return err
 }
 
+func (l *quicLink) packetSize() int {
+	var large *quic.DatagramTooLargeError
+	if errors.As(l.c.SendDatagram(tooWide[:]), &large) { // the only way to ask
+		return int(large.MaxDatagramPayloadSize)
+	}
+	return 0
+}
+
+// tooWide fits into no packet of any path.
+var tooWide [64 << 10]byte
+
 func (l *quicLink) receivePacket(ctx context.Context) ([]byte, error) {
 	return l.c.ReceiveDatagram(ctx)
 }

@@ -63,6 +63,7 @@ type Session struct {
 	notAfter  time.Time // of the earlier ending certificate
 	control   link
 	pulse     *pulse
+	width     width
 	udpOK     bool
 	tcpOK     bool
 
@@ -72,6 +73,8 @@ type Session struct {
 	streams  atomic.Int64
 	controls atomic.Int64 // control streams that the other end has open
 	tag      atomic.Uint64
+	narrowed atomic.Bool // full packets vanish: a new session is wanted
+	probes   chan uint64
 	packets  chan []byte
 	notices  chan []byte
 	markers  chan []byte
@@ -90,7 +93,7 @@ func newSession(e *Endpoint, control link, peerID spiffeid.ID, transport string,
 	s := &Session{
 		e: e, nonce: nonce, id: hex.EncodeToString(nonce[:4]), peerID: peerID, gateway: gw, transport: transport,
 		dialled: dialled, address: control.remoteAddr().String(), since: time.Now(), control: control,
-		pulse: newPulse(time.Now()), packets: make(chan []byte, packetQueue), notices: make(chan []byte, 8),
+		pulse: newPulse(time.Now()), probes: make(chan uint64, 1), packets: make(chan []byte, packetQueue), notices: make(chan []byte, 8),
 		markers: make(chan []byte, 256), inbound: rate.NewLimiter(2000, 4000), ended: make(chan struct{}),
 		udpOK: transport == QUIC, tcpOK: transport == TCP,
 	}
@@ -254,7 +257,7 @@ func (s *Session) run(ctx context.Context) error {
 
 func codeOf(err error) closeCode {
 	switch {
-	case errors.Is(err, errRetired):
+	case errors.Is(err, errRetired), errors.Is(err, errNarrow):
 		return closeNormal
 	case errors.Is(err, ErrWithdrawn):
 		return closeWithdrawn
@@ -486,6 +489,18 @@ func (s *Session) retire() {
 		s.notify(notice{Kind: noticeRetire})
 		s.e.changed()
 	}
+}
+
+// tooNarrow asks for another session in place of one on whose path full packets vanish: the end that dialled makes it.
+func (s *Session) tooNarrow(told bool) {
+	if !s.narrowed.CompareAndSwap(false, true) {
+		return
+	}
+	s.e.log.Info("full packets do not pass any more", "peer", s.Peer().String(), "gateway", s.gateway, "tunnel", s.id, "far_end_says_so", told)
+	if !told {
+		s.notify(notice{Kind: noticeNarrow})
+	}
+	s.e.changed()
 }
 
 // retired reports whether a retiring session has nothing left to do.

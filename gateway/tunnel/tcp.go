@@ -128,6 +128,7 @@ func (l *tcpLink) accept(ctx context.Context) (counted, error) {
 }
 
 func (l *tcpLink) sendPacket([]byte) error { return errNoDatagrams }
+func (l *tcpLink) packetSize() int         { return 0 }
 func (l *tcpLink) receivePacket(ctx context.Context) ([]byte, error) {
 	<-ctx.Done()
 	return nil, ctx.Err()
