@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/lookalike"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -274,23 +275,62 @@ func TestAuthorize(t *testing.T) {
 	}
 }
 
-// FuzzVerify: no certificate that Go can parse makes Verify panic, or pass without a bundle that signed it.
-func FuzzVerify(f *testing.F) {
-	root := newRoot(f, "root a")
-	bundles := set(f, newRoot(f, "root a").bundle("a.mesh", 1))
-	f.Add(root.leaf(web).Raw, root.cert.Raw)
-	f.Add(root.leaf("").Raw, root.leaf(web).Raw)
-	f.Fuzz(func(t *testing.T, a, b []byte) {
-		leaf, err := x509.ParseCertificate(a)
+// FuzzCertificate: no chain that Go can parse makes Verify panic, or pass without a bundle that signed it. What passes claims an
+// ID that comes back as its own text, of the trust domain whose root stands above it.
+func FuzzCertificate(f *testing.F) {
+	root, peer := newRoot(f, "root a"), newRoot(f, "root b")
+	issuer := root.issuer("issuer")
+	strangers := set(f, newRoot(f, "root a").bundle("a.mesh", 1), newRoot(f, "root b").bundle("b.mesh", 1))
+	known := set(f, root.bundle("a.mesh", 1), peer.bundle("b.mesh", 1))
+	add := func(chain ...*x509.Certificate) {
+		for len(chain) < 3 {
+			chain = append(chain, &x509.Certificate{})
+		}
+		f.Add(chain[0].Raw, chain[1].Raw, chain[2].Raw)
+	}
+	add(root.leaf(web), root.cert)
+	add(root.leaf(""), root.leaf(web))
+	add(issuer.leaf(web), issuer.cert, peer.again(issuer).cert)
+	add(peer.leaf(web))
+	add(peer.leaf("spiffe://b.mesh/x"))
+	hostile, err := lookalike.NewPeer(domain(f, "b.mesh"), t0)
+	if err != nil {
+		f.Fatal(err)
+	}
+	leaves, err := hostile.Leaves(lookalike.Target{ID: parseID(f, web), Chain: []*x509.Certificate{issuer.cert, root.cert}, Third: domain(f, "c.mesh")})
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, l := range leaves {
+		if der := append(l.Certificate.Certificate, nil, nil); len(der[0]) < 4<<10 {
+			f.Add(der[0], der[1], der[2])
+		}
+	}
+	f.Fuzz(func(t *testing.T, a, b, c []byte) {
+		var chain []*x509.Certificate
+		for _, der := range [][]byte{a, b, c} {
+			if cert, err := x509.ParseCertificate(der); err == nil {
+				chain = append(chain, cert)
+			}
+		}
+		if p, err := trust.Verify(chain, strangers, t0); err == nil {
+			t.Fatalf("accepted %s", p.ID)
+		}
+		p, err := trust.Verify(chain, known, t0)
 		if err != nil {
+			var v *trust.VerifyError
+			if !errors.As(err, &v) || v.Reason == "" {
+				t.Fatalf("an error without a reason: %v", err)
+			}
 			return
 		}
-		chain := []*x509.Certificate{leaf}
-		if c, err := x509.ParseCertificate(b); err == nil {
-			chain = append(chain, c)
+		if id, err := spiffeid.Parse(p.ID.String()); err != nil || id != p.ID {
+			t.Fatalf("accepted %q", p.ID)
 		}
-		if p, err := trust.Verify(chain, bundles, t0); err == nil {
-			t.Fatalf("accepted %s", p.ID)
+		above := map[string]*authority{"a.mesh": root, "b.mesh": peer}[p.ID.TrustDomain().String()]
+		if above == nil || chain[0].CheckSignatureFrom(above.cert) != nil && chain[1].CheckSignatureFrom(above.cert) != nil &&
+			(len(chain) < 3 || chain[2].CheckSignatureFrom(above.cert) != nil) {
+			t.Fatalf("accepted %s, which no root of its trust domain has signed", p.ID)
 		}
 	})
 }
