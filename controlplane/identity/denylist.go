@@ -19,7 +19,7 @@ import (
 
 const (
 	denyFile = "ca/denied"
-	markFile = "ca/issued"
+	markFile = "ca/issued-until"
 	// markAhead is for how long one write of the mark lasts. Raising it lengthens how long an identity that is readmitted right
 	// after a restart has to wait.
 	markAhead = time.Minute
