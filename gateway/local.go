@@ -19,6 +19,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/gateway/tunnel"
+	"github.com/strait-mesh/strait/internal/crowd"
 	"github.com/strait-mesh/strait/internal/preface"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -27,8 +28,9 @@ import (
 
 const (
 	maxLocalFrame     = 64 << 10
-	maxUnproven       = 1024 // connections from sidecars that have not proven anything yet
+	maxUnproven       = 1024 // connections from sidecars that have not proven anything yet; the oldest gives way
 	maxLocalSessions  = 8192
+	sessionsEach      = 64 // of one identity that are never refused for others'; beyond them it gets what the first half of all leaves
 	handshakeTimeout  = 5 * time.Second
 	peersEvery        = 2 * time.Second
 	localWriteTimeout = 5 * time.Second
@@ -39,7 +41,7 @@ const (
 // acceptLocal serves 7444: the first byte decides what a connection is.
 func (g *Gateway) acceptLocal(ctx context.Context) error {
 	config := g.cfg.Client.Source().ServerTLS(trust.TLSOptions{Authorize: g.authorizeLocal, ALPN: []string{preface.ALPN}})
-	unproven := make(chan struct{}, maxUnproven)
+	unproven := crowd.New(maxUnproven, func() { g.metrics.refused("local", "too_many_pending") })
 	for {
 		c, err := g.local.Accept()
 		if err != nil {
@@ -52,13 +54,7 @@ func (g *Gateway) acceptLocal(ctx context.Context) error {
 			}
 			continue
 		}
-		select {
-		case unproven <- struct{}{}:
-		default:
-			c.Close()
-			continue
-		}
-		proven := sync.OnceFunc(func() { <-unproven })
+		proven := unproven.Add(c.RemoteAddr(), func() { c.Close() })
 		g.wg.Go(func() {
 			defer proven()
 			g.serveLocal(ctx, c.(*net.TCPConn), config, proven)
@@ -74,7 +70,8 @@ func (g *Gateway) serveLocal(ctx context.Context, c *net.TCPConn, config *tls.Co
 	}
 	defer done()
 	defer g.recovered("connection from a sidecar")
-	_ = c.SetDeadline(time.Now().Add(preface.Timeout))
+	accepted := time.Now()
+	_ = c.SetDeadline(accepted.Add(preface.Timeout))
 	first := make([]byte, 4096)
 	n, err := c.Read(first)
 	if err != nil {
@@ -85,13 +82,14 @@ func (g *Gateway) serveLocal(ctx context.Context, c *net.TCPConn, config *tls.Co
 	case preface.Signature[0]:
 		g.servePreface(ctx, c, first, proven)
 	case 22: // TLS handshake record
-		_ = c.SetDeadline(time.Now().Add(handshakeTimeout))
+		_ = c.SetDeadline(accepted.Add(handshakeTimeout))
 		tc := tls.Server(&prefixed{Conn: c, prefix: first}, config)
 		if err := tc.HandshakeContext(ctx); err != nil {
 			g.log.Debug("local session refused", "address", c.RemoteAddr().String(), "error", err.Error())
 			return
 		}
 		proven()
+		_ = c.SetDeadline(time.Now().Add(handshakeTimeout)) // for the hello
 		if err := g.serveSession(ctx, tc); err != nil {
 			g.log.Debug("local session ended", "address", c.RemoteAddr().String(), "error", err.Error())
 		}
@@ -144,21 +142,45 @@ type localSession struct {
 
 // localSessions are the live ones.
 type localSessions struct {
-	mu   sync.RWMutex
-	byID map[preface.SessionID]*localSession
+	mu     sync.RWMutex
+	byID   map[preface.SessionID]*localSession
+	counts map[spiffeid.ID]int // by identity, with those that have not said hello yet
+	total  int
 }
 
-func (l *localSessions) add(s *localSession) bool {
+// enter counts a session that is being made until leave is called. Many sidecars may share one identity, and yet one identity must not
+// take all sessions: the second half of them is for those that hold few.
+func (l *localSessions) enter(id spiffeid.ID) (leave func(), err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch {
+	case l.total >= maxLocalSessions:
+		return nil, errors.New("too many local sessions")
+	case l.counts[id] >= sessionsEach && l.total >= maxLocalSessions/2:
+		return nil, fmt.Errorf("too many local sessions of %s", id)
+	}
+	if l.counts == nil {
+		l.counts = make(map[spiffeid.ID]int)
+	}
+	l.counts[id]++
+	l.total++
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		l.total--
+		if l.counts[id]--; l.counts[id] == 0 {
+			delete(l.counts, id)
+		}
+	}, nil
+}
+
+func (l *localSessions) add(s *localSession) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.byID == nil {
 		l.byID = make(map[preface.SessionID]*localSession)
 	}
-	if len(l.byID) >= maxLocalSessions {
-		return false
-	}
 	l.byID[s.id] = s
-	return true
 }
 
 func (l *localSessions) remove(s *localSession) {
@@ -201,6 +223,12 @@ func (g *Gateway) serveSession(ctx context.Context, tc *tls.Conn) error {
 	if err != nil {
 		return err
 	}
+	leave, err := g.locals.enter(peer.ID)
+	if err != nil {
+		g.metrics.refused("local", "too_many_sessions")
+		return err
+	}
+	defer leave()
 	key, err := preface.KeyFrom(tc.ConnectionState())
 	if err != nil {
 		return err
@@ -224,9 +252,7 @@ func (g *Gateway) serveSession(ctx context.Context, tc *tls.Conn) error {
 	s.send(&controlpb.ToSidecar{Message: &controlpb.ToSidecar_Welcome{Welcome: &controlpb.LocalWelcome{
 		WireVersion: localWireVersion, SessionId: s.id[:], Gateway: g.cfg.Name}}})
 	s.peersChanged()
-	if !g.locals.add(s) {
-		return errors.New("too many local sessions")
-	}
+	g.locals.add(s)
 	defer g.locals.remove(s)
 	defer g.health.forget(s)
 	if g.draining.Load() {

@@ -15,6 +15,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/internal/crowd"
 	"github.com/strait-mesh/strait/internal/metric"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/relay"
@@ -41,6 +42,7 @@ type port struct {
 // inbound is the listener for other sidecars: it tells ports apart by SNI, exactly, and has no default.
 type inbound struct {
 	s     *Sidecar
+	crowd *crowd.Crowd // callers that have not said who they are
 	base  *tls.Config
 	ports atomic.Pointer[map[string]*port]
 
@@ -49,13 +51,16 @@ type inbound struct {
 	ending sync.WaitGroup // engines of ports that have gone
 }
 
+// maxHandshakes bounds callers that have not said who they are; the oldest gives way. They never take all connections of the listener.
+const maxHandshakes = 1024
+
 var (
 	errUnknownName = errors.New("no port of that name here")
 	errNoInstance  = errors.New("no healthy instance")
 )
 
 func newInbound(s *Sidecar) *inbound {
-	in := &inbound{s: s}
+	in := &inbound{s: s, crowd: crowd.New(min(maxHandshakes, s.cfg.MaxConnections/2+1), nil)}
 	empty := map[string]*port{}
 	in.ports.Store(&empty)
 	// The base has no certificate: a hello that names no port of ours ends here, before anything is proven to anybody.
@@ -241,10 +246,12 @@ func (in *inbound) serve(raw net.Conn) {
 		return
 	}
 	defer done()
+	known := in.crowd.Add(raw.RemoteAddr(), func() { raw.Close() })
 	ctx, cancel := context.WithTimeout(in.s.connCtx, in.s.cfg.Handshake)
 	conn := tls.Server(relay.WatchEnd(raw), in.base)
 	err := conn.HandshakeContext(ctx)
 	cancel()
+	known()
 	if err != nil {
 		in.s.metrics.handshake(err)
 		in.s.log.Debug("inbound handshake failed", "remote", raw.RemoteAddr().String(), "error", err)

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"maps"
 	"net"
+	"net/netip"
 	"slices"
 	"strconv"
 	"sync"
@@ -18,6 +19,7 @@ import (
 	"github.com/quic-go/quic-go"
 	"golang.org/x/time/rate"
 
+	"github.com/strait-mesh/strait/internal/crowd"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
@@ -84,6 +86,9 @@ const (
 	// those that replace them, twice over. maxPending bounds the sessions of one peer whose second link has not come.
 	maxLinks   = 8 * maxGateways
 	maxPending = 2 * maxGateways
+	// maxHandshakes bounds TCP connections that have not finished their handshake; the oldest gives way. Raising it costs about
+	// 20 KiB each.
+	maxHandshakes = 256
 )
 
 // Endpoint is one gateway's side of all its tunnels.
@@ -95,8 +100,8 @@ type Endpoint struct {
 	quic   *quic.Transport
 	qln    *quic.Listener
 	tcp    net.Listener
-	hand   chan struct{} // TCP handshakes in progress
-	joinRL *rate.Limiter // of new join conversations
+	hand   *crowd.Crowd // TCP handshakes in progress
+	joinRL joinLimiter  // of new join conversations
 
 	mu       sync.Mutex
 	peers    map[spiffeid.TrustDomain]Peer
@@ -109,7 +114,7 @@ type Endpoint struct {
 	stopped  bool
 	draining bool
 	lastErr  map[spiffeid.TrustDomain]string
-	joins    map[*string]struct{} // conversations, by the address they come from
+	joins    map[*netip.Prefix]struct{} // conversations, by the address they come from
 	wg       sync.WaitGroup
 }
 
@@ -130,11 +135,11 @@ func Listen(cfg Config) (*Endpoint, error) {
 		return nil, errors.New("tunnel: Source is required")
 	}
 	e := &Endpoint{
-		cfg: cfg, log: cfg.Logger, hand: make(chan struct{}, 256),
-		joinRL: rate.NewLimiter(5, 16), peers: make(map[spiffeid.TrustDomain]Peer),
+		cfg: cfg, log: cfg.Logger, hand: crowd.New(maxHandshakes, nil),
+		peers:    make(map[spiffeid.TrustDomain]Peer),
 		sessions: make(map[*Session]struct{}), pending: make(map[[16]byte]*pendingSession),
 		dialers: make(map[dialKey]*dialer), bump: make(chan struct{}), lastErr: make(map[spiffeid.TrustDomain]string),
-		joins: make(map[*string]struct{}), accepted: make(map[spiffeid.TrustDomain]int),
+		joins: make(map[*netip.Prefix]struct{}), accepted: make(map[spiffeid.TrustDomain]int),
 	}
 	if e.cfg.HeadStart <= 0 {
 		e.cfg.HeadStart = tcpHeadStart

@@ -89,21 +89,17 @@ func (e *Endpoint) acceptTCP(ctx context.Context) {
 			}
 			continue
 		}
-		select {
-		case e.hand <- struct{}{}:
-			e.wg.Go(func() { e.serveTCP(ctx, c, config) })
-		default:
-			c.Close()
-		}
+		done := e.hand.Add(c.RemoteAddr(), func() { c.Close() })
+		e.wg.Go(func() { e.serveTCP(ctx, c, config, done) })
 	}
 }
 
-func (e *Endpoint) serveTCP(ctx context.Context, c net.Conn, config *tls.Config) {
+func (e *Endpoint) serveTCP(ctx context.Context, c net.Conn, config *tls.Config, done func()) {
 	tc := tls.Server(c, config)
 	hctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
 	err := tc.HandshakeContext(hctx)
 	cancel()
-	<-e.hand
+	done()
 	if err != nil {
 		c.Close()
 		e.log.Debug("tunnel handshake failed", "address", c.RemoteAddr().String(), "error", err.Error())

@@ -8,10 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
+	"sync"
 	"time"
 
 	"github.com/quic-go/quic-go"
+	"golang.org/x/time/rate"
 
+	"github.com/strait-mesh/strait/internal/crowd"
 	"github.com/strait-mesh/strait/trust"
 )
 
@@ -90,17 +94,16 @@ func (e *Endpoint) joinServerTLS() *tls.Config {
 
 // admitJoin counts a new conversation; the caller calls the func when it is over.
 func (e *Endpoint) admitJoin(from net.Addr) (func(), bool) {
-	if e.cfg.Join == nil || !e.joinRL.Allow() {
+	host := crowd.Group(from)
+	if e.cfg.Join == nil || !e.joinRL.admit(host, time.Now()) {
 		return nil, false
 	}
-	host, _, _ := net.SplitHostPort(from.String())
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if len(e.joins) >= maxJoins || e.joinsFrom(host) >= maxJoinsAddress {
 		return nil, false
 	}
-	key := new(string)
-	*key = host
+	key := &host
 	e.joins[key] = struct{}{}
 	return func() {
 		e.mu.Lock()
@@ -109,13 +112,45 @@ func (e *Endpoint) admitJoin(from net.Addr) (func(), bool) {
 	}, true
 }
 
-func (e *Endpoint) joinsFrom(host string) (n int) {
+func (e *Endpoint) joinsFrom(host netip.Prefix) (n int) {
 	for k := range e.joins {
 		if *k == host {
 			n++
 		}
 	}
 	return n
+}
+
+// Rates of new join conversations: of everybody, and of one address, so that none can use up what there is for all.
+const (
+	joinRate, joinBurst  = 5, 16
+	joinRateOne, joinOne = 1, joinBurst / 4
+	maxJoinAddresses     = 1024
+)
+
+// joinLimiter is one token bucket for everybody and one for each address (a /32, or a /64). Its zero value is ready.
+type joinLimiter struct {
+	mu   sync.Mutex
+	all  *rate.Limiter
+	each map[netip.Prefix]*rate.Limiter
+}
+
+// admit takes from both buckets, or from none.
+func (l *joinLimiter) admit(from netip.Prefix, now time.Time) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.all == nil {
+		l.all, l.each = rate.NewLimiter(joinRate, joinBurst), map[netip.Prefix]*rate.Limiter{}
+	}
+	one := l.each[from]
+	if one == nil {
+		if len(l.each) >= maxJoinAddresses {
+			clear(l.each) // the bucket of all still holds
+		}
+		one = rate.NewLimiter(joinRateOne, joinOne)
+		l.each[from] = one
+	}
+	return one.TokensAt(now) >= 1 && l.all.AllowN(now, 1) && one.AllowN(now, 1)
 }
 
 func (e *Endpoint) serveJoinQUIC(ctx context.Context, c *quic.Conn) {
