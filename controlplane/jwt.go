@@ -6,6 +6,8 @@ import "github.com/strait-mesh/strait/controlplane/identity"
 
 // jwtSigner signs tokens for applications; nil where identities come from an authority that is not ours, which does so itself.
 func (c *ControlPlane) jwtSigner() identity.JWTSigner {
-	s, _ := c.issuer.(identity.JWTSigner)
-	return s
+	if c.ca == nil {
+		return nil
+	}
+	return tokenSigner{c}
 }

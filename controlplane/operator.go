@@ -14,10 +14,12 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/federate"
+	"github.com/strait-mesh/strait/controlplane/rotation"
 	"github.com/strait-mesh/strait/controlplane/wire"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/internal/version"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/register"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
@@ -282,6 +284,7 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 	if err := c.roles.grant(req.Name, req.Role, leaf.NotAfter); err != nil {
 		return nil, wire.ToStatus(err)
 	}
+	c.rotation.Issued(rotation.OperatorName(req.Name), id, false, rotation.Identity{Issued: trust.Issued(leaf), NotAfter: leaf.NotAfter})
 	return &controlpb.AccessIssueResponse{
 		ChainDer: chain, BundleJwks: c.issuer.Bundle().Marshal(), SpiffeId: id.String(), ApiCaPem: c.apiCA.APIRootPEM(),
 		ApiAddress: dialable(c.addrs.API), GrpcAddress: c.advertised()[0], ApiChainPem: api,

@@ -23,6 +23,11 @@ import (
 type rotationState struct {
 	*rotation.Tracker
 
+	// who is there, what they have acknowledged, and what members say: methods of the control plane, but for tests
+	connected func() map[string]spiffeid.ID
+	holders   func() (body []byte, list []discovery.Holder)
+	members   func() []rotation.MemberState
+
 	step sync.Mutex // one step of a rotation at a time
 
 	mu       sync.Mutex
@@ -37,6 +42,10 @@ type authorityMark struct {
 }
 
 func (c *ControlPlane) openRotation() (err error) {
+	c.rotation.connected, c.rotation.members = c.connected, c.memberStates
+	c.rotation.holders = func() ([]byte, []discovery.Holder) {
+		return c.discovery.Holders(controlpb.TypeBundle, c.self.trustDomain.String())
+	}
 	c.rotation.Tracker, err = rotation.Open(rotation.Config{Dir: c.dir, Now: c.now, Logger: c.log})
 	return err
 }
@@ -122,10 +131,10 @@ func (c *ControlPlane) rotationLoop(ctx context.Context) error {
 
 // noteAcknowledged notes who is connected, and who has put which bundle of the own trust domain in force.
 func (c *ControlPlane) noteAcknowledged() {
-	for name, id := range c.connected() {
+	for name, id := range c.rotation.connected() {
 		c.rotation.Seen(name, id)
 	}
-	body, holders := c.discovery.Holders(controlpb.TypeBundle, c.self.trustDomain.String())
+	body, holders := c.rotation.holders()
 	b := &controlpb.Bundle{}
 	if body == nil || proto.Unmarshal(body, b) != nil {
 		return
@@ -180,19 +189,42 @@ func (c *ControlPlane) renewed(r identity.Renewal) {
 
 // situation gathers what a report is made of.
 func (c *ControlPlane) situation() rotation.Situation {
-	s := rotation.Situation{Phase: rotation.Steady, Sequence: c.issuer.Bundle().Sequence(), Connected: c.connected(), Withdrawn: c.withdrawnIssued}
+	s := rotation.Situation{Phase: rotation.Steady, Sequence: c.issuer.Bundle().Sequence(), Connected: c.rotation.connected(), Members: c.rotation.members(), Withdrawn: c.withdrawnIssued}
 	if c.ca != nil {
 		state := c.ca.State()
 		s.Phase, s.RenewIssuedBefore = state.Phase, state.RenewIssuedBefore
 	}
+	return s
+}
+
+// memberStates is what other members have said of our bundle.
+func (c *ControlPlane) memberStates() (out []rotation.MemberState) {
 	for _, p := range c.federate.View().Peers {
 		if p.Trusted() {
-			s.Members = append(s.Members, rotation.MemberState{
-				Cluster: p.Cluster.String(), Seen: p.SeenOurs, Reachable: p.TunnelUp, LastSeen: p.BundleUpdated,
-			})
+			out = append(out, rotation.MemberState{Cluster: p.Cluster.String(), Seen: p.SeenOurs, Reachable: p.TunnelUp, LastSeen: p.BundleUpdated})
 		}
 	}
-	return s
+	return out
+}
+
+// renewOwn renews the control plane's own identities at their time, never between a step of the CA and what follows it.
+func (c *ControlPlane) renewOwn() error {
+	c.rotation.mu.Lock()
+	defer c.rotation.mu.Unlock()
+	return c.issueOwn()
+}
+
+// tokenSigner signs JWT-SVIDs with the CA, and notes how long those of a key last that the next retire takes away.
+type tokenSigner struct{ c *ControlPlane }
+
+// SignJWT implements identity.JWTSigner.
+func (s tokenSigner) SignJWT(id spiffeid.ID, audience []string) (string, time.Time, error) {
+	old := s.c.ca.State().Phase != rotation.Activated
+	token, notAfter, err := s.c.ca.SignJWT(id, audience)
+	if err == nil && old {
+		s.c.rotation.TokenIssued(notAfter)
+	}
+	return token, notAfter, err
 }
 
 // withdrawnIssued says whether an identity issued at a time was withdrawn.

@@ -91,7 +91,7 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 		}
 		wait := time.Duration(float64(c.renewEvery()) * (0.9 + 0.2*rand.Float64()))
 		if !first {
-			if err := c.issueOwn(); err != nil {
+			if err := c.renewOwn(); err != nil {
 				c.log.Error("own identity not renewed", "err", err)
 				wait = time.Minute
 			}

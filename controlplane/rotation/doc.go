@@ -15,7 +15,8 @@
 //
 // A process counts for activate while it is connected: who is away knows the old root, and what is issued then verifies by that, too.
 // It counts for retire while it is connected or the newest identity that it is known to hold has not ended: a process gone for good
-// is listed, and waited for until then. Withdrawn identities count for nothing.
+// is listed, and waited for until then. Withdrawn identities count for nothing. JWT-SVIDs of the old key are waited for until they end
+// (5 minutes at most).
 //
 // A Tracker may be used concurrently.
 package rotation

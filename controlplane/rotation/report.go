@@ -27,6 +27,7 @@ const (
 	Member   Kind = "member"
 	Proxy    Kind = "proxy"
 	Operator Kind = "operator" // a certificate of strait access issue: nobody waits for it
+	Tokens   Kind = "tokens"   // JWT-SVIDs of the old key that have not ended
 )
 
 // operatorPrefix keeps operators apart from processes, whose names have no colon.
@@ -67,7 +68,7 @@ type Row struct {
 	Lacks        string // what it does not have; empty: nothing
 }
 
-// Report lists members, then processes, then operators, each by name.
+// Report lists members, processes, tokens and operators, each by name.
 func (t *Tracker) Report(s Situation) []Row {
 	var rows []Row
 	for _, m := range s.Members {
@@ -82,8 +83,9 @@ func (t *Tracker) Report(s Situation) []Row {
 		rows = append(rows, r)
 	}
 	rows = append(rows, t.processRows(s)...)
+	rows = append(rows, t.tokenRows(s)...)
 	slices.SortStableFunc(rows, func(a, b Row) int {
-		order := []Kind{Member, Proxy, Operator}
+		order := []Kind{Member, Proxy, Tokens, Operator}
 		return cmp.Or(cmp.Compare(slices.Index(order, a.Kind), slices.Index(order, b.Kind)), cmp.Compare(a.Name, b.Name))
 	})
 	return rows
@@ -117,6 +119,17 @@ func (t *Tracker) processRows(s Situation) []Row {
 		}
 	}
 	return rows
+}
+
+// tokenRows says that JWT-SVIDs of the old key may still be shown: the phase after activate lasts until they have ended.
+func (t *Tracker) tokenRows(s Situation) []Row {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s.Phase != Activated || !t.now().Before(t.tokens) {
+		return nil
+	}
+	return []Row{{Kind: Tokens, Name: "JWT-SVIDs", Sequence: s.Sequence, Acknowledged: true, Reachable: true, Blocks: true,
+		Lacks: "of the old key are valid until " + clock(t.tokens)}}
 }
 
 func operatorRow(name string, p *process, s Situation) Row {

@@ -157,6 +157,24 @@ func TestRetireWaitsForEverybody(t *testing.T) {
 	}
 }
 
+// Tokens that the old key has signed are waited for, also after a restart; what the new one signs is not.
+func TestRetireWaitsForTokens(t *testing.T) {
+	b := newBench(t)
+	stop := b.run()
+	b.TokenIssued(start.Add(5 * time.Minute))
+	b.TokenIssued(start.Add(time.Minute))
+	stop()
+	b.open()
+	s := rotation.Situation{Phase: rotation.Activated, Sequence: 2}
+	b.now = start.Add(5*time.Minute - time.Second)
+	b.expect("before they end", s, "[tokens JWT-SVIDs: of the old key are valid until 2026-11-22T12:06:00Z]")
+	prepared := s
+	prepared.Phase = rotation.Prepared
+	b.expect("activate", prepared, "[]")
+	b.now = start.Add(6 * time.Minute)
+	b.expect("after", s, "[]")
+}
+
 // A process that took the name of another is another: it has acknowledged nothing.
 func TestNameIsTaken(t *testing.T) {
 	b := newBench(t)

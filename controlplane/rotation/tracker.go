@@ -43,6 +43,12 @@ type process struct {
 	Seen        time.Time   `json:"seen"`
 }
 
+// stored is the state file.
+type stored struct {
+	Processes map[string]*process `json:"processes"`
+	Tokens    time.Time           `json:"tokens,omitzero"`
+}
+
 // ends is when the last identity that it holds has ended.
 func (p *process) ends() time.Time {
 	if p.Application != nil && p.Application.NotAfter.After(p.Own.NotAfter) {
@@ -66,6 +72,7 @@ type Tracker struct {
 
 	mu        sync.Mutex
 	processes map[string]*process
+	tokens    time.Time // end of the last JWT-SVID signed by a key that the next retire takes away
 	dirty     bool
 	kick      chan struct{}
 	changed   chan struct{}
@@ -82,9 +89,14 @@ func Open(cfg Config) (*Tracker, error) {
 	if t.log == nil {
 		t.log = slog.New(slog.DiscardHandler)
 	}
+	var s stored
 	data, err := t.dir.ReadState(stateFile)
 	if err == nil {
-		err = json.Unmarshal(data, &t.processes)
+		err = json.Unmarshal(data, &s)
+	}
+	t.tokens = s.Tokens
+	if s.Processes != nil {
+		t.processes = s.Processes
 	}
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
@@ -125,6 +137,17 @@ func (t *Tracker) Acknowledged(name string, id spiffeid.ID, sequence uint64) {
 	})
 }
 
+// TokenIssued notes a JWT-SVID that was signed before activate. Whoever got it may show it until it ends.
+func (t *Tracker) TokenIssued(notAfter time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !notAfter.After(t.tokens) {
+		return
+	}
+	t.tokens = notAfter.Truncate(seenEvery).Add(seenEvery) // on disk once a minute, not once a token
+	t.dirtyLocked()
+}
+
 // Seen notes that a process is connected now.
 func (t *Tracker) Seen(name string, id spiffeid.ID) {
 	t.change(name, id, func(*process) bool { return false })
@@ -151,10 +174,15 @@ func (t *Tracker) change(name string, id spiffeid.ID, f func(*process) bool) {
 		t.changed = make(chan struct{})
 	}
 	if t.dirty {
-		select {
-		case t.kick <- struct{}{}:
-		default:
-		}
+		t.dirtyLocked()
+	}
+}
+
+func (t *Tracker) dirtyLocked() {
+	t.dirty = true
+	select {
+	case t.kick <- struct{}{}:
+	default:
 	}
 }
 
@@ -207,7 +235,7 @@ func (t *Tracker) save() {
 	}
 	now := t.now()
 	maps.DeleteFunc(t.processes, func(_ string, p *process) bool { return now.After(p.ends()) && now.Sub(p.Seen) > 2*seenEvery })
-	data, err := json.Marshal(t.processes)
+	data, err := json.Marshal(stored{t.processes, t.tokens})
 	if err == nil {
 		err = t.dir.WriteState(stateFile, data)
 	}
