@@ -39,16 +39,27 @@ func overPipe(client, server *tls.Config, wrap func(net.Conn) net.Conn) (read []
 	return read, se
 }
 
+// byName chooses by the server name as it was sent, as a sidecar's port does.
+func byName(config *tls.Config, name string, asked *string) *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true, GetConfigForClient: func(h *tls.ClientHelloInfo) (*tls.Config, error) {
+		if asked != nil {
+			*asked = h.ServerName
+		}
+		if h.ServerName != name {
+			return nil, errors.New("no such name")
+		}
+		return config, nil
+	}}
+}
+
 // TestSplitClientHello: class T7. However the ClientHello is cut and whatever name it carries, a client without a certificate gets no
 // byte of application data from any kind of listener; with one it does.
 func TestSplitClientHello(t *testing.T) {
 	m := newMeshes(t, at(t0))
 	any := trust.TLSOptions{Authorize: trust.AuthorizeAny(), ALPN: []string{"h2"}}
-	byName := any
-	byName.AuthorizeHello = func(*tls.ClientHelloInfo) (trust.Authorize, error) { return trust.AuthorizeAny(), nil }
 	register := m.b.ServerTLS(trust.TLSOptions{ServerOnly: true, SendRoots: true, ALPN: []string{"strait-register/1"}})
 	listeners := map[string]*tls.Config{
-		"mutual": m.b.ServerTLS(any), "by name": m.b.ServerTLS(byName), "by protocol": trust.ByALPN(m.b.ServerTLS(any), register),
+		"mutual": m.b.ServerTLS(any), "by name": byName(m.b.ServerTLS(any), "http.checkout.shop.svc.b.mesh", nil), "by protocol": trust.ByALPN(m.b.ServerTLS(any), register),
 	}
 	client := func(certificate bool) *tls.Config {
 		o := any
@@ -102,14 +113,7 @@ func TestServerNames(t *testing.T) {
 	m := newMeshes(t, at(t0))
 	const proper = "http.checkout.shop.svc.b.mesh"
 	asked := ""
-	byName := trust.TLSOptions{ALPN: []string{"h2"}, AuthorizeHello: func(h *tls.ClientHelloInfo) (trust.Authorize, error) {
-		asked = h.ServerName
-		if h.ServerName != proper {
-			return nil, errors.New("no such name")
-		}
-		return trust.AuthorizeAny(), nil
-	}}
-	server := m.b.ServerTLS(byName)
+	server := byName(m.b.ServerTLS(trust.TLSOptions{Authorize: trust.AuthorizeAny(), ALPN: []string{"h2"}}), proper, &asked)
 	for _, tt := range []struct{ name, sni, sent string }{
 		{"proper", proper, ""},
 		{"upper case", "HTTP.CHECKOUT.SHOP.SVC.B.MESH", ""},

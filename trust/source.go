@@ -170,9 +170,6 @@ type TLSOptions struct {
 	Authorize  Authorize // required, except for ServerOnly
 	ALPN       []string
 	ServerName string // of a client: the SNI that it sends
-
-	// AuthorizeHello, on a server, chooses the authorizer by what the client asked for; nil: Authorize.
-	AuthorizeHello func(*tls.ClientHelloInfo) (Authorize, error)
 	// AcceptUnverifiedClient lets a server accept a client chain whose bundle it does not have yet. The chain, in
 	// ConnectionState.PeerCertificates, proves possession of its key and nothing else. For ALPNJoin alone: with another
 	// ALPN every handshake fails.
@@ -226,18 +223,6 @@ func (s *Source) ServerTLS(o TLSOptions) *tls.Config {
 		return c
 	}
 	c.VerifyConnection = s.verifyConnection(o.Authorize)
-	if o.AuthorizeHello != nil {
-		c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
-			authorize, err := o.AuthorizeHello(h)
-			if err != nil {
-				return nil, err
-			}
-			d := c.Clone()
-			d.GetConfigForClient = nil
-			d.VerifyConnection = s.verifyConnection(authorize)
-			return d, nil
-		}
-	}
 	return c
 }
 

@@ -191,6 +191,42 @@ func TestNoResumption(t *testing.T) {
 	}
 }
 
+// TestBuiltOncePerGeneration: a handshake takes the certificate, with its parsed leaf, that the present generation has; it makes none.
+func TestBuiltOncePerGeneration(t *testing.T) {
+	m := newMeshes(t, at(t0))
+	o := trust.TLSOptions{Authorize: trust.AuthorizeAny()}
+	rooted := o
+	rooted.SendRoots = true
+	client, server, roots := m.a.ClientTLS(o), m.a.ServerTLS(o), m.a.ServerTLS(rooted)
+	if server.GetConfigForClient != nil {
+		t.Error("the configuration is chosen at each handshake")
+	}
+	get := map[string]func() *tls.Certificate{
+		"client":     func() *tls.Certificate { c, _ := client.GetClientCertificate(nil); return c },
+		"server":     func() *tls.Certificate { c, _ := server.GetCertificate(nil); return c },
+		"with roots": func() *tls.Certificate { c, _ := roots.GetCertificate(nil); return c },
+	}
+	before := map[string]*tls.Certificate{}
+	for name, f := range get {
+		before[name] = f()
+		if before[name] == nil || before[name].Leaf == nil || f() != before[name] {
+			t.Errorf("%s: another certificate at each handshake", name)
+		}
+		if n := testing.AllocsPerRun(100, func() { f() }); n != 0 {
+			t.Errorf("%s: %v allocations at each handshake", name, n)
+		}
+	}
+	if n := len(before["with roots"].Certificate) - len(before["server"].Certificate); n != 1 {
+		t.Errorf("%d roots are sent", n)
+	}
+	m.a.SetIdentity(m.rootA.issuer("issuer a").identity(m.idA.String(), t0.Add(time.Hour)))
+	for name, f := range get {
+		if c := f(); c == before[name] || c.Leaf != m.a.Identity().Chain[0] {
+			t.Errorf("%s: the certificate of the generation before", name)
+		}
+	}
+}
+
 // TestResumedSessionIsRefused: class T1, the second line. Were tickets ever given out, what resumes is refused all the same, before and
 // after a withdrawal.
 func TestResumedSessionIsRefused(t *testing.T) {
@@ -227,22 +263,6 @@ func TestClientTakesNoTickets(t *testing.T) {
 	for range 3 {
 		if ce, se, cs, _ := exchange(t, client, server); ce != nil || se != nil || cs.DidResume {
 			t.Fatalf("client %v, server %v, resumed %t", ce, se, cs.DidResume)
-		}
-	}
-}
-
-func TestAuthorizeHello(t *testing.T) {
-	m := newMeshes(t, at(t0))
-	server := m.b.ServerTLS(trust.TLSOptions{AuthorizeHello: func(h *tls.ClientHelloInfo) (trust.Authorize, error) {
-		if h.ServerName != "open" {
-			return trust.AuthorizeID(), nil
-		}
-		return trust.AuthorizeAny(), nil
-	}})
-	for name, ok := range map[string]bool{"open": true, "OPEN": false, "open.": true, "closed": false, "": false} {
-		ce, se, _, _ := exchange(t, m.a.ClientTLS(trust.TLSOptions{Authorize: trust.AuthorizeAny(), ServerName: name}), server)
-		if (ce == nil) != ok {
-			t.Errorf("name %q: client %v, server %v", name, ce, se)
 		}
 	}
 }
