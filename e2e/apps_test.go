@@ -158,9 +158,15 @@ type load struct {
 
 func startLoad(t testing.TB, url string, rps int) *load {
 	t.Helper()
+	return startLoadOver(t, &http.Transport{MaxIdleConnsPerHost: 128}, url, rps)
+}
+
+// startLoadOver is startLoad over a transport of the caller's.
+func startLoadOver(t testing.TB, transport http.RoundTripper, url string, rps int) *load {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	l := &load{stop: cancel, done: make(chan struct{})}
-	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 128}}
+	client := &http.Client{Timeout: 10 * time.Second, Transport: transport}
 	go l.run(ctx, client, url, time.Second/time.Duration(rps))
 	t.Cleanup(func() { cancel(); <-l.done })
 	return l

@@ -11,11 +11,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/strait-mesh/strait/e2e/lab"
 	"github.com/strait-mesh/strait/internal/wan"
 )
 
@@ -49,13 +51,17 @@ type Options struct {
 	SVIDTTL    time.Duration            // default 36 h
 	NoUDP      bool                     // the network drops all datagrams
 	Gateways   int                      // of each cluster, default 1
+	// Lab puts each cluster into a network namespace of its own (package lab; needs root). Federation.Lab then shapes the paths, and tests
+	// dial and listen by Cluster.Dial and Cluster.Listen.
+	Lab bool
 }
 
 // Federation is a set of clusters under one test.
 type Federation struct {
 	T        testing.TB
 	Dir      string
-	WAN      *wan.WAN
+	WAN      *wan.WAN // nil in a lab
+	Lab      *lab.Net // nil outside of one
 	Clusters map[string]*Cluster
 	Names    []string
 	opts     Options
@@ -103,27 +109,17 @@ func New(t testing.TB, o Options) *Federation {
 	fail(t, err, "temporary directory")
 	f := &Federation{T: t, Dir: dir, Clusters: map[string]*Cluster{}, Names: o.Clusters, opts: o}
 	n := int(networks.Add(1))
-	var sites []wan.Site
 	for i, name := range o.Clusters {
-		c := &Cluster{Name: name, fed: f, Dir: filepath.Join(dir, name, "cp"), prefix: fmt.Sprintf("127.%d.%d", 100+n%100, i+1), Sidecars: map[string]*Sidecar{}, nextIP: 30}
-		f.Clusters[name] = c
-		for g := 1; g <= o.Gateways; g++ {
-			sites = append(sites, wan.Site{Name: site(name, g), Outside: fmt.Sprintf("%s.%d:0", c.prefix, 200+g)})
+		prefix := fmt.Sprintf("127.%d.%d", 100+n%100, i+1)
+		if o.Lab {
+			prefix = fmt.Sprintf("198.18.%d", i+1)
 		}
+		f.Clusters[name] = &Cluster{Name: name, fed: f, Dir: filepath.Join(dir, name, "cp"), prefix: prefix, Sidecars: map[string]*Sidecar{}, nextIP: 30}
 	}
-	f.WAN, err = wan.New(sites, uint64(n), nil)
-	fail(t, err, "network")
-	f.Links(func(a, b string, l wan.Link) wan.Link {
-		l.Delay, l.BlockUDP = f.rtt(a, b)/2, o.NoUDP
-		return l
-	})
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- f.WAN.Run(ctx) }()
+	closeNetwork := f.network(uint64(n))
 	t.Cleanup(func() {
 		f.stop()
-		cancel()
-		<-done
+		closeNetwork()
 		if t.Failed() && os.Getenv("STRAIT_E2E_KEEP") != "" {
 			t.Logf("kept %s", dir)
 			return
@@ -131,6 +127,40 @@ func New(t testing.TB, o Options) *Federation {
 		_ = os.RemoveAll(dir)
 	})
 	return f
+}
+
+// network makes what lies between the clusters.
+func (f *Federation) network(seed uint64) (end func()) {
+	f.T.Helper()
+	var err error
+	if f.opts.Lab {
+		if os.Getuid() != 0 {
+			f.T.Skip("the lab makes network namespaces: it needs root")
+		}
+		f.Lab, err = lab.New(seed, f.Names...)
+		fail(f.T, err, "lab")
+		f.Lab.Update(func(a, b string, s lab.Shape) lab.Shape {
+			s.Delay, s.DropUDP = f.rtt(a, b)/2, f.opts.NoUDP
+			return s
+		})
+		return func() { fail(f.T, f.Lab.Close(), "close lab") }
+	}
+	var sites []wan.Site
+	for _, name := range f.Names {
+		for g := 1; g <= f.opts.Gateways; g++ {
+			sites = append(sites, wan.Site{Name: site(name, g), Outside: fmt.Sprintf("%s.%d:0", f.Clusters[name].prefix, 200+g)})
+		}
+	}
+	f.WAN, err = wan.New(sites, seed, nil)
+	fail(f.T, err, "network")
+	f.Links(func(a, b string, l wan.Link) wan.Link {
+		l.Delay, l.BlockUDP = f.rtt(a, b)/2, f.opts.NoUDP
+		return l
+	})
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- f.WAN.Run(ctx) }()
+	return func() { cancel(); <-done }
 }
 
 func site(cluster string, n int) string { return fmt.Sprintf("%s/gateway-%d", cluster, n) }
@@ -159,6 +189,13 @@ func (f *Federation) Links(change func(from, to string, l wan.Link) wan.Link) {
 
 // Cut makes every link of a cluster drop everything silently, or heals them.
 func (f *Federation) Cut(cluster string, dark bool) {
+	if f.Lab != nil {
+		f.Lab.Update(func(a, b string, s lab.Shape) lab.Shape {
+			s.Down = s.Down && a != cluster && b != cluster || dark && (a == cluster || b == cluster)
+			return s
+		})
+		return
+	}
 	f.Links(func(a, b string, l wan.Link) wan.Link {
 		if a == cluster || b == cluster {
 			l.Dark = dark
@@ -243,7 +280,7 @@ func (c *Cluster) Init() {
 func (c *Cluster) StartControlPlane(extra ...string) {
 	c.fed.T.Helper()
 	ip := c.prefix + ".1"
-	args := []string{"controlplane", "--allow-loopback", "--data-dir", c.Dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}
+	args := []string{"controlplane", "--allow-loopback=" + strconv.FormatBool(c.fed.Lab == nil), "--data-dir", c.Dir, "--listen", ip + ":0", "--api-listen", ip + ":0", "--metrics-listen", ip + ":0"}
 	if c.fed.opts.CatalogTTL > 0 {
 		args = append(args, "--catalog-ttl", c.fed.opts.CatalogTTL.String())
 	}
@@ -251,7 +288,7 @@ func (c *Cluster) StartControlPlane(extra ...string) {
 		args = append(args, "--svid-ttl", c.fed.opts.SVIDTTL.String())
 	}
 	c.ControlPlane = &Process{
-		Name: c.Name + "/controlplane", t: c.fed.T, path: Bin(c.fed.T, "strait"), args: append(args, extra...), env: c.fed.env(), dir: c.Dir,
+		site: c.site(), Name: c.Name + "/controlplane", t: c.fed.T, path: Bin(c.fed.T, "strait"), args: append(args, extra...), env: c.fed.env(), dir: c.Dir,
 		Log: filepath.Join(c.fed.Dir, c.Name+"-controlplane.log"),
 	}
 	c.ControlPlane.Start()
@@ -271,10 +308,14 @@ func (c *Cluster) StartGateway(n int, extra ...string) *Process {
 	}
 	ip := fmt.Sprintf("%s.%d", c.prefix, 10+n)
 	dir := filepath.Join(c.fed.Dir, c.Name, name)
+	listen, advertise := ip+":7443", ip+":7443"
+	if c.fed.Lab == nil {
+		listen, advertise = ip+":0", c.fed.WAN.Outside(site(c.Name, n))
+	}
 	p := &Process{
-		Name: c.Name + "/" + name, t: c.fed.T, path: Bin(c.fed.T, "strait-proxy"), env: c.fed.env(), dir: dir, Log: filepath.Join(c.fed.Dir, c.Name+"-"+name+".log"),
-		args: append([]string{"gateway", "--data-dir", dir, "--token-file", token, "--control-plane", c.GRPC, "--listen", ip + ":0",
-			"--advertise", c.fed.WAN.Outside(site(c.Name, n)), "--local-listen", ip + ":0", "--metrics-listen", ip + ":0"}, extra...),
+		site: c.site(), Name: c.Name + "/" + name, t: c.fed.T, path: Bin(c.fed.T, "strait-proxy"), env: c.fed.env(), dir: dir, Log: filepath.Join(c.fed.Dir, c.Name+"-"+name+".log"),
+		args: append([]string{"gateway", "--data-dir", dir, "--token-file", token, "--control-plane", c.GRPC, "--listen", listen,
+			"--advertise", advertise, "--local-listen", ip + ":0", "--metrics-listen", ip + ":0"}, extra...),
 	}
 	c.Gateways = append(c.Gateways, p)
 	c.RestartGateway(p)
@@ -287,6 +328,9 @@ func (c *Cluster) RestartGateway(p *Process) {
 	p.Start()
 	addrs := p.Addrs()
 	p.Pin(addrs)
+	if c.fed.Lab != nil {
+		return
+	}
 	listen, _ := addrs["Listen"].(string)
 	fail(c.fed.T, c.fed.WAN.Attach(p.Name, listen), "attach gateway")
 }
@@ -383,10 +427,10 @@ func (c *Cluster) StartSidecar(proxy, token string, upstreams []string, extra ..
 	dir := filepath.Join(c.fed.Dir, c.Name, "sc-"+proxy)
 	args := []string{"sidecar", "--data-dir", dir, "--token-file", token, "--control-plane", c.GRPC, "--inbound-listen", ip + ":0", "--metrics-listen", ip + ":0"}
 	for _, u := range upstreams {
-		args = append(args, "--upstream", u+"="+FreePort(c.fed.T, ip))
+		args = append(args, "--upstream", u+"="+c.freePort(ip))
 	}
 	s := &Sidecar{IP: ip, Process: &Process{
-		Name: c.Name + "/" + proxy, t: c.fed.T, path: Bin(c.fed.T, "strait-proxy"), args: append(args, extra...), env: c.fed.env(), dir: dir,
+		site: c.site(), Name: c.Name + "/" + proxy, t: c.fed.T, path: Bin(c.fed.T, "strait-proxy"), args: append(args, extra...), env: c.fed.env(), dir: dir,
 		Log: filepath.Join(c.fed.Dir, c.Name+"-"+proxy+".log"),
 	}}
 	c.Sidecars[proxy] = s
@@ -421,4 +465,45 @@ func FreePort(t testing.TB, ip string) string {
 }
 
 // FreeAddr is a free address among the cluster's own.
-func (c *Cluster) FreeAddr() string { return FreePort(c.fed.T, c.prefix+".2") }
+func (c *Cluster) FreeAddr() string { return c.freePort(c.prefix + ".2") }
+
+func (c *Cluster) freePort(ip string) string {
+	if c.fed.Lab == nil {
+		return FreePort(c.fed.T, ip)
+	}
+	l := c.Listen(ip + ":0")
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// site is the cluster's place in the lab; nil outside of one.
+func (c *Cluster) site() *lab.Site {
+	if c.fed.Lab == nil {
+		return nil
+	}
+	return c.fed.Lab.Site(c.Name)
+}
+
+// Listen opens a TCP listener where the cluster's processes are; addr "" picks a free one.
+func (c *Cluster) Listen(addr string) net.Listener {
+	c.fed.T.Helper()
+	if addr == "" {
+		addr = c.prefix + ".3:0"
+	}
+	listen := func(addr string) (net.Listener, error) { return net.Listen("tcp", addr) }
+	if s := c.site(); s != nil {
+		listen = s.Listen
+	}
+	l, err := listen(addr)
+	fail(c.fed.T, err, "listen")
+	return l
+}
+
+// Dial connects from where the cluster's processes are.
+func (c *Cluster) Dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	if s := c.site(); s != nil {
+		return s.DialContext(ctx, network, addr)
+	}
+	var d net.Dialer
+	return d.DialContext(ctx, network, addr)
+}

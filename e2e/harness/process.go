@@ -14,6 +14,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/strait-mesh/strait/e2e/lab"
 )
 
 // Process is a child process. Its methods may be called from the test's goroutine only.
@@ -24,7 +26,8 @@ type Process struct {
 	path string
 	args []string
 	env  []string
-	dir  string // where run/addrs.json appears; may be empty
+	dir  string    // where run/addrs.json appears; may be empty
+	site *lab.Site // in which it runs; nil: the host's network
 
 	cmd  *exec.Cmd
 	done chan struct{}
@@ -64,7 +67,11 @@ func (p *Process) Start() {
 	}
 	cmd := exec.Command(p.path, p.args...)
 	cmd.Env, cmd.Stdout, cmd.Stderr = p.env, f, f
-	if err := Spawn(cmd); err != nil {
+	start := Spawn
+	if p.site != nil {
+		start = p.site.Start
+	}
+	if err := start(cmd); err != nil {
 		p.t.Fatalf("start %s: %v", p.Name, err)
 	}
 	done := make(chan struct{})
