@@ -88,6 +88,8 @@ func TestBench(t *testing.T) {
 	fresh := freshCall(t, f, us)
 	rows = append(rows, ratioRow("first byte of a cross-region call, new inner connection", fresh, float64(rtt.Microseconds()), "µs", "path RTT"))
 
+	rows = append(rows, handshakes(t)...)
+
 	for name, pid := range map[string]int{"control plane": us.ControlPlane.PID(), "gateway": us.Gateways[0].PID(), "sidecar after load": web.PID(), "sidecar fresh": freshSidecar(t, us)} {
 		rows = append(rows, row{"RSS, " + name, fmt.Sprintf("%.0f MiB", float64(rss(t, pid))/(1<<20)), "-", "-"})
 	}
