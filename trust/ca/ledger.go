@@ -159,9 +159,13 @@ type fileEnd struct {
 	exact bool
 }
 
-// lastEnd reads a file up to its first line when that says that it is too young to be dropped.
+// lastEnd reads a file up to its first line when that says that it is too young to be dropped. An empty one stays: somebody may be about
+// to write to it.
 func lastEnd(data []byte, now time.Time) fileEnd {
 	end := fileEnd{exact: true}
+	if len(data) == 0 {
+		return fileEnd{at: now}
+	}
 	for e := range entries(data) {
 		if end.at.IsZero() && now.Before(e.At.Add(ledgerGrace)) {
 			return fileEnd{at: e.At}
