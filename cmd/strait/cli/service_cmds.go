@@ -192,6 +192,7 @@ func orNobody(list []string) string {
 type workloadOptions struct {
 	address, serviceAccount, proxy, zone, service, healthPath, tokenOut string
 	ports                                                               []string
+	unixUID                                                             []uint
 	tokenTTL                                                            time.Duration
 }
 
@@ -201,9 +202,11 @@ func newWorkloadCmd(e *env) *cobra.Command {
 	var o workloadOptions
 	reg := &cobra.Command{Use: "register NAMESPACE/NAME", Short: "Register a workload, its service, and a token for its sidecar", Args: cobra.ExactArgs(1),
 		Long: `Register a running instance: a Workload object, the Service that selects it (made when it does not exist), and a one-time token with which
-its sidecar obtains its identity. Several workloads may share one sidecar (--proxy).`,
+its sidecar obtains its identity. Several workloads may share one sidecar (--proxy). Processes of the users that --unix-uid names may take the
+identity from the sidecar's SPIFFE Workload API (strait sidecar --workload-api PATH); without it nobody may.`,
 		Example: "  strait workload register shop/checkout-1 --service checkout --address 10.4.0.17 --port http=8080 --token-out checkout.token\n" +
-			"  strait workload register shop/web --token-out web.token        # a client only: nothing listens",
+			"  strait workload register shop/web --token-out web.token        # a client only: nothing listens\n" +
+			"  strait workload register shop/web --unix-uid 1000              # processes of uid 1000 may take its identity",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return workloadRegisterRun(cmd.Context(), e, args[0], o)
 		}}
@@ -215,6 +218,7 @@ its sidecar obtains its identity. Several workloads may share one sidecar (--pro
 	f.StringVar(&o.proxy, "proxy", "", "name of the sidecar in front of it (default: its own name)")
 	f.StringVar(&o.zone, "zone", "", "availability zone")
 	f.StringVar(&o.healthPath, "health-path", "", "HTTP path of the health check (default: a TCP connect)")
+	f.UintSliceVar(&o.unixUID, "unix-uid", nil, "uid of processes that may take the identity from the sidecar's Workload API, repeatable")
 	f.StringVar(&o.tokenOut, "token-out", "", "file for the sidecar's registration token (none: no token is made)")
 	f.DurationVar(&o.tokenTTL, "token-ttl", 15*time.Minute, "how long the token can be redeemed")
 	list := &cobra.Command{Use: "list", Short: "List workloads", Args: cobra.NoArgs, Example: "  strait workload list\n  strait workload list -o yaml",
@@ -254,6 +258,13 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 	}
 	if o.healthPath != "" {
 		spec["health"] = map[string]any{"path": o.healthPath}
+	}
+	if len(o.unixUID) > 0 {
+		selectors := make([]any, 0, len(o.unixUID))
+		for _, uid := range o.unixUID {
+			selectors = append(selectors, map[string]any{"uid": int64(uid)})
+		}
+		spec["attestation"] = map[string]any{"unix": selectors}
 	}
 	w := object(gvStrait, "Workload", ns, name, spec)
 	w.SetLabels(map[string]string{"app": o.service})
