@@ -25,6 +25,7 @@ func (o *operator) TrustStatus(context.Context, *controlpb.TrustStatusRequest) (
 }
 
 func (c *ControlPlane) trustStatus() *controlpb.TrustStatusResponse {
+	c.noteAcknowledged()
 	s := c.situation()
 	rows := c.rotation.Report(s)
 	own := c.issuer.Bundle()

@@ -98,3 +98,16 @@ func (r *Rendering) Withdrawn(word string, s *controlpb.WithdrawalStatus) error 
 func (r *Rendering) Withdrawals(w *controlpb.WithdrawalsResponse) error {
 	return r.e.renderWithdrawals(w)
 }
+
+// TrustStatus renders strait trust status.
+func (r *Rendering) TrustStatus(s *controlpb.TrustStatusResponse) error {
+	return r.e.renderTrustStatus(s)
+}
+
+// TrustRoots renders strait trust roots.
+func (r *Rendering) TrustRoots(s *controlpb.TrustStatusResponse) error { return r.e.renderRoots(s) }
+
+// LeftBehind renders whom a step of a rotation has left behind.
+func (r *Rendering) LeftBehind(action string, s *controlpb.TrustStatusResponse) {
+	r.e.leftBehind(action, s)
+}
