@@ -61,7 +61,10 @@ func TestForeignTrustDomain(t *testing.T) {
 
 	// And we follow the partner.
 	ref := api.Ref{Kind: api.KindFederation, Name: "acme"}
-	domains := func(list ...any) { t.Helper(); must(t, c.objects.SetSpec(ctx, ref, map[string]any{"trustDomains": list})) }
+	domains := func(list ...any) {
+		t.Helper()
+		must(t, c.objects.SetSpec(ctx, ref, map[string]any{"trustDomains": list}))
+	}
 	entry := map[string]any{"name": partner.String(), "bundle": string(bundle.WithSequence(1).Marshal()), "endpoint": map[string]any{
 		"url": "https://" + addr, "profile": "https_spiffe", "spiffeID": spiffeid.ControlPlane(partner).String(),
 	}}

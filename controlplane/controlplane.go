@@ -47,7 +47,9 @@ type Config struct {
 	CatalogTTL    time.Duration
 	SVIDTTL       time.Duration // 36 h
 	JoinExpiry    time.Duration // 24 h
+	RenewGrace    time.Duration // how long after its end an identity may still be renewed; 0: not at all
 	AllowLoopback bool          // accept loopback addresses of peers' gateways: federations on one machine
+	ExternalCA    string        // directory with tls.crt, tls.key and ca.crt that takes the place of the own root; "": own root
 	WorkloadAPI   string        // unix:///path where identities come from, if Init was told so; empty otherwise
 	Bundles       BundlesConfig // federation with trust domains of no members
 	Forward       func([]*tracepb.ResourceSpans)
@@ -257,7 +259,7 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 		"sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
 		"compile": c.compileLoop, "identity": c.renewLoop, "peers": c.samenessLoop, "status": c.statusLoop, "denied": c.denyLoop,
 		"bundles":  c.bundlesLoop,
-		"rotation": c.rotationLoop, "renewed": c.rotation.Run,
+		"external": c.externalLoop, "rotation": c.rotationLoop, "renewed": c.rotation.Run,
 	} {
 		wg.Go(func() {
 			if err := run(ctx); err != nil && ctx.Err() == nil {
@@ -383,17 +385,18 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 		Sign: c.issueAtRegistration,
 	}
 	refused := c.metrics.Counter("strait_handshakes_refused_total", "Connections to the control plane that were turned away.", "reason")
+	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, JWT: c.jwtSigner(), Denied: c.denied.Denied, Renewed: c.renewed, TTL: c.cfg.SVIDTTL, Logger: c.log})
+	if err != nil {
+		return server{}, errors.Join(err, inner.Close())
+	}
 	l, err := identity.Open(inner, identity.ListenerConfig{
 		Source: c.source, TrustDomain: c.self.trustDomain, Denied: c.denied.Denied, Withdrawals: c.registry, Logger: c.log,
 		Register: func(ctx context.Context, conn *tls.Conn) { reg.ServeConn(ctx, conn) },
 		Refused:  func(reason string) { refused.With(reason).Inc() },
+		Renew:    ids.RenewExpired(c.source, c.self.trustDomain, c.cfg.RenewGrace, c.now), RenewGrace: c.cfg.RenewGrace,
 	})
 	if err != nil {
 		return server{}, errors.Join(err, inner.Close())
-	}
-	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, Denied: c.denied.Denied, Renewed: c.renewed, TTL: c.cfg.SVIDTTL, Logger: c.log})
-	if err != nil {
-		return server{}, errors.Join(err, l.Close())
 	}
 	receiver, err := traces.NewReceiver(traces.ReceiverConfig{
 		Store: c.traces, Cluster: c.self.cluster, Peer: identity.IDFromContext, Forward: c.cfg.Forward, Logger: c.log,

@@ -88,6 +88,10 @@ func (s *Server) Renew(ctx context.Context, q *controlpb.RenewRequest) (*control
 	if !ok {
 		return nil, status.Error(codes.Unauthenticated, "no verified identity")
 	}
+	return s.renew(peer, q)
+}
+
+func (s *Server) renew(peer trust.Peer, q *controlpb.RenewRequest) (*controlpb.RenewResponse, error) {
 	if s.cfg.Denied != nil {
 		if reason, denied := s.cfg.Denied(peer.ID, peer.Issued()); denied {
 			return nil, wire.ToStatus(problem.New(problem.IdentityWithdrawn, "%s was withdrawn", peer.ID).WithWhy("%s", reason))

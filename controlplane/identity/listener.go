@@ -3,7 +3,6 @@
 package identity
 
 import (
-	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -13,6 +12,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/strait-mesh/strait/internal/crowd"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 	"github.com/strait-mesh/strait/trust/withdrawal"
@@ -35,6 +35,9 @@ type ListenerConfig struct {
 	Denied func(id spiffeid.ID, issued time.Time) (reason string, denied bool)
 	// Register serves one registration and returns; the connection is closed afterwards. nil: registration is refused.
 	Register func(context.Context, *tls.Conn)
+	// Renew serves one renewal of an identity that has ended at most RenewGrace ago, and returns. nil: that is refused.
+	Renew      func(context.Context, *tls.Conn)
+	RenewGrace time.Duration
 	// Withdrawals is where connections stand so that they end with their certificate and with their peer's denial. nil: nowhere.
 	Withdrawals *withdrawal.Registry
 	// HandshakeTimeout is how long a connection may take to say who it is (5 s).
@@ -54,14 +57,12 @@ type Listener struct {
 	inner net.Listener
 	tls   *tls.Config
 	ready chan *verifiedConn
+	crowd *crowd.Crowd // has not said who it is
 
 	ctx    context.Context
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	once   sync.Once
-
-	mu      sync.Mutex
-	pending *list.List // of net.Conn, oldest first
 }
 
 // Open begins to accept on inner, which the Listener owns from now on.
@@ -81,7 +82,8 @@ func Open(inner net.Listener, cfg ListenerConfig) (*Listener, error) {
 	if cfg.Refused == nil {
 		cfg.Refused = func(string) {}
 	}
-	l := &Listener{cfg: cfg, log: cfg.Logger, inner: inner, ready: make(chan *verifiedConn), pending: list.New()}
+	l := &Listener{cfg: cfg, log: cfg.Logger, inner: inner, ready: make(chan *verifiedConn)}
+	l.crowd = crowd.New(cfg.MaxPending, func() { l.cfg.Refused("too_many_pending") })
 	l.ctx, l.cancel = context.WithCancel(context.Background())
 	l.tls = l.tlsConfig()
 	l.wg.Go(l.acceptLoop)
@@ -108,11 +110,7 @@ func (l *Listener) Close() error {
 	l.once.Do(func() {
 		l.cancel()
 		err = l.inner.Close()
-		l.mu.Lock()
-		for e := l.pending.Front(); e != nil; e = e.Next() {
-			_ = e.Value.(net.Conn).Close()
-		}
-		l.mu.Unlock()
+		l.crowd.Close()
 	})
 	l.wg.Wait()
 	return err
@@ -125,7 +123,7 @@ func (l *Listener) acceptLoop() {
 		switch {
 		case err == nil:
 			wait = 5 * time.Millisecond
-			done := l.admit(c)
+			done := l.crowd.Add(c.RemoteAddr(), func() { _ = c.Close() })
 			l.wg.Go(func() { l.handshake(c, done) })
 		case l.ctx.Err() != nil || errors.Is(err, net.ErrClosed):
 			return
@@ -141,30 +139,10 @@ func (l *Listener) acceptLoop() {
 	}
 }
 
-// admit counts c as pending; done ends that. If there are too many, the oldest is closed.
-func (l *Listener) admit(c net.Conn) (done func()) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.pending.Len() >= l.cfg.MaxPending {
-		oldest := l.pending.Front()
-		l.pending.Remove(oldest)
-		_ = oldest.Value.(net.Conn).Close()
-		l.cfg.Refused("too_many_pending")
-	}
-	if l.ctx.Err() != nil {
-		_ = c.Close()
-	}
-	e := l.pending.PushBack(c)
-	return func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		l.pending.Remove(e) // does nothing if it has given way
-	}
-}
-
 func (l *Listener) tlsConfig() *tls.Config {
 	mutual := l.cfg.Source.ServerTLS(trust.TLSOptions{Authorize: l.authorize, ALPN: []string{alpnGRPC}})
 	register := l.cfg.Source.ServerTLS(trust.TLSOptions{ServerOnly: true, SendRoots: true, ALPN: []string{alpnRegister}})
+	renew := l.cfg.Source.RenewServerTLS(authorizeExpired(l.cfg.TrustDomain), l.cfg.RenewGrace)
 	c := mutual.Clone()
 	c.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) {
 		switch {
@@ -172,6 +150,8 @@ func (l *Listener) tlsConfig() *tls.Config {
 			return mutual, nil
 		case slices.Contains(h.SupportedProtos, alpnRegister) && l.cfg.Register != nil:
 			return register, nil
+		case slices.Contains(h.SupportedProtos, trust.ALPNRenew) && l.cfg.Renew != nil && l.cfg.RenewGrace > 0:
+			return renew, nil
 		}
 		return nil, errors.New("no protocol of this port is offered")
 	}
@@ -210,9 +190,9 @@ func (l *Listener) handshake(raw net.Conn, done func()) {
 		l.log.Debug("handshake refused", "remote", raw.RemoteAddr(), "reason", reason, "err", err)
 		return
 	}
-	if c.ConnectionState().NegotiatedProtocol == alpnRegister {
+	if serve := l.exchange(c.ConnectionState().NegotiatedProtocol); serve != nil {
 		_ = raw.SetDeadline(time.Now().Add(l.cfg.HandshakeTimeout))
-		l.cfg.Register(ctx, c)
+		serve(ctx, c)
 		_ = c.Close()
 		return
 	}
@@ -241,6 +221,17 @@ func (l *Listener) handshake(raw net.Conn, done func()) {
 	case <-ctx.Done():
 		_ = v.Close()
 	}
+}
+
+// exchange is what serves the connections of a protocol of one exchange; nil for every other protocol.
+func (l *Listener) exchange(protocol string) func(context.Context, *tls.Conn) {
+	switch protocol {
+	case alpnRegister:
+		return l.cfg.Register
+	case trust.ALPNRenew:
+		return l.cfg.Renew
+	}
+	return nil
 }
 
 // refusal names the reason of a failed handshake in one word.

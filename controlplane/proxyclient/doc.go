@@ -15,7 +15,9 @@
 //   - A resource is known (its message), absent (an explicit removal) or unknown (nobody has said anything yet).
 //   - A response that a watcher refuses is answered with a NACK and the previous version stays in force.
 //   - Bundles of the Source are the own trust domain's and those that Bundle (sidecar) or Peer (gateway) resources carry.
-//   - An expired identity is not used. It is replaced by renewing before it ends, or by a fresh token afterwards.
+//   - An expired identity proves nothing to anybody. It is replaced by renewing before it ends; afterwards by renewing on
+//     strait-renew/1, while the control plane still accepts that, or by a fresh token. The end is noticed within half a second, also
+//     when the wall clock steps over it.
 //
 // All methods of Client may be called concurrently, also from watchers. Watchers are called one at a time, in order, from one
 // goroutine of Run, with no lock held.

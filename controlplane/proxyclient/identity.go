@@ -143,11 +143,6 @@ func (c *Client) obtain(info Info, id *trust.Identity) error {
 	return nil
 }
 
-func (c *Client) expired() bool {
-	id := c.source.Identity()
-	return id == nil || !c.cfg.Now().Before(id.NotAfter)
-}
-
 // renewLoop renews in time, and keeps trying when it fails.
 func (c *Client) renewLoop(ctx context.Context) {
 	var r recall
@@ -164,7 +159,10 @@ func (c *Client) untilRenewal() time.Duration {
 	c.identityMu.Lock()
 	age := c.cfg.Now().Sub(c.obtained)
 	c.identityMu.Unlock()
-	if age < 0 || c.expired() { // the clock went back, or there is no time to lose
+	if c.expired() { // no time to lose, but not all proxies in the same moment
+		return mathrand.N(min(every/20, time.Second) + 1)
+	}
+	if age < 0 { // the clock went back
 		age = wait
 	}
 	return max(wait-age, mathrand.N(every/20+1)) // overdue after a long stop: not all proxies in the same moment
@@ -174,9 +172,9 @@ func (c *Client) untilRenewal() time.Duration {
 func (c *Client) renewUntil(ctx context.Context) {
 	backoff := min(time.Second, c.cfg.RenewEvery/10)
 	for n := 1; ctx.Err() == nil; n++ {
-		err := c.renew(ctx)
-		if err != nil && c.expired() && ctx.Err() == nil {
-			err = c.renewExpired(ctx, err)
+		err := c.attempt(ctx)
+		if ctx.Err() == nil {
+			c.renewedMetric(err)
 		}
 		if err == nil {
 			if n > 1 {
@@ -201,17 +199,6 @@ func (c *Client) renewUntil(ctx context.Context) {
 	}
 }
 
-// renewExpired registers anew: an expired identity proves nothing, so only a fresh token can replace it.
-func (c *Client) renewExpired(ctx context.Context, cause error) error {
-	if c.cfg.TokenFile == "" {
-		return cause
-	}
-	if err := c.register(ctx); err != nil {
-		return errors.Join(cause, err)
-	}
-	return nil
-}
-
 // renew asks for an SVID for a fresh key.
 func (c *Client) renew(ctx context.Context) error {
 	key, csr, err := newKey()
@@ -224,6 +211,11 @@ func (c *Client) renew(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("renew identity: %w", wire.FromStatus(err))
 	}
+	return c.take(r, key)
+}
+
+// take puts what the control plane has issued for key in force, if it holds.
+func (c *Client) take(r *controlpb.RenewResponse, key *ecdsa.PrivateKey) error {
 	bundle, err := trust.ParseBundle(c.info.TrustDomain, r.GetBundleJwks())
 	if err != nil {
 		return fmt.Errorf("renew identity: %w", err)

@@ -107,6 +107,8 @@ type Client struct {
 	closed  sync.Once
 	// endpoint is the Workload API, nil where the control plane issues the identity
 	endpoint *endpoint.Handle
+	ended    chan struct{} // wakes the renewal: the identity has ended
+	observer *observer
 	recall   chan struct{} // wakes the renewal: identities of before some time are to be renewed
 	// addresses of the control plane, fixed after Open
 	addresses []string
@@ -124,7 +126,7 @@ func Open(ctx context.Context, cfg Config) (_ *Client, err error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), recall: make(chan struct{}, 1), addresses: cfg.ControlPlane}
+	c := &Client{cfg: cfg, log: cfg.Logger, source: cfg.Source, store: newStore(cfg.Now), recall: make(chan struct{}, 1), ended: make(chan struct{}, 1), addresses: cfg.ControlPlane}
 	first := c.loadOrRegister
 	if cfg.WorkloadAPI != "" {
 		first = c.openEndpoint
@@ -176,6 +178,8 @@ func (c *Client) Run(ctx context.Context) error {
 		func(ctx context.Context) { c.streamLoop(ctx, in) },
 		func(ctx context.Context) { c.applyLoop(ctx, in) },
 		c.snapshotLoop,
+		c.expiryLoop,
+		c.observeLoop,
 	} {
 		wg.Go(func() { f(ctx) })
 	}

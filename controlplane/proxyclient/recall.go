@@ -59,6 +59,10 @@ func (c *Client) waitRenewal(ctx context.Context, r *recall) {
 			return
 		case <-hurry:
 			return
+		case <-c.ended:
+			if c.expired() {
+				return
+			}
 		case <-c.recall:
 		}
 	}

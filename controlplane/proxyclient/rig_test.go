@@ -50,6 +50,7 @@ type cluster struct {
 	withdrawals *withdrawal.Registry
 	denied      *identity.DenyList
 	renewals    atomic.Int64
+	grace       time.Duration // how long ended identities are renewed
 	renewed     atomic.Pointer[identity.Renewal] // the last one
 	addr        string
 	serverID    spiffeid.ID // whom the listener claims to be; the control plane unless a test says otherwise
@@ -121,17 +122,18 @@ func (c *cluster) serve() {
 		Tokens: c.tokens, Bundle: c.ca.Bundle, Cluster: "us-east", Federation: "acme", Now: c.clock.Now,
 		Sign: func(csr []byte, id spiffeid.ID) ([][]byte, error) { return c.ca.IssueCSR(csr, id, 0) },
 	}
-	l, err := identity.Open(inner, identity.ListenerConfig{
-		Source: c.source, TrustDomain: c.td, Denied: c.denied.Denied, Withdrawals: c.withdrawals,
-		Register: func(ctx context.Context, conn *tls.Conn) { registrations.ServeConn(ctx, conn) },
-	})
-	must(c.t, err)
 	ids, err := identity.New(identity.Config{
 		Signer: c.ca, Bundle: c.ca.Bundle, Denied: c.denied.Denied,
 		Renewed: func(r identity.Renewal) {
 			c.renewals.Add(1)
 			c.renewed.Store(&r)
 		},
+	})
+	must(c.t, err)
+	l, err := identity.Open(inner, identity.ListenerConfig{
+		Source: c.source, TrustDomain: c.td, Denied: c.denied.Denied, Withdrawals: c.withdrawals,
+		Register: func(ctx context.Context, conn *tls.Conn) { registrations.ServeConn(ctx, conn) },
+		Renew:    ids.RenewExpired(c.source, c.td, c.grace, c.clock.Now), RenewGrace: c.grace,
 	})
 	must(c.t, err)
 	g := grpc.NewServer(identity.ServerOptions()...)

@@ -60,6 +60,7 @@ const (
 	IssuerEnding          Code = "STR-5135" // the issuer ends, and the root's key is not here to replace it
 	TrustRefused          Code = "STR-5201" // identity refused
 	CertNotYetValid       Code = "STR-5203" // peer certificate not yet valid
+	IdentityExpired       Code = "STR-5204" // the own identity has expired
 	NothingPresented      Code = "STR-5206" // no certificate to inspect
 	RegistrationRefused   Code = "STR-5301" // registration refused
 	AccessDenied          Code = "STR-5302" // operator access denied

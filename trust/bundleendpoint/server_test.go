@@ -306,4 +306,3 @@ func TestNewServerRefuses(t *testing.T) {
 		}
 	}
 }
-
