@@ -48,8 +48,9 @@ func (m *Manager) refreshTrust() {
 		if p.Bundle == nil {
 			continue
 		}
-		// only of the bundle that is held now: of another one we know no hash, and the next one will come
-		if sequence, ok := m.cfg.Acked(p.TrustDomain); ok && sequence == p.Bundle.Sequence() {
+		// Only of the bundle that is held now: of another one we know no hash, and the next one will come. One without a sequence
+		// is what a joiner pinned; the catalog brings the real one.
+		if sequence, ok := m.cfg.Acked(p.TrustDomain); ok && sequence > 0 && sequence == p.Bundle.Sequence() {
 			acked[p.TrustDomain] = catalog.Seen{Sequence: sequence, Hash: p.Bundle.Hash()}
 		}
 	}

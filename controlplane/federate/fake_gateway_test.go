@@ -20,6 +20,7 @@ import (
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/federate"
 	"github.com/strait-mesh/strait/federation/catalog"
+	"github.com/strait-mesh/strait/federation/join"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
@@ -29,7 +30,8 @@ import (
 type fakeGateway struct {
 	c     *cluster
 	m     *federate.Manager
-	id    *trust.Identity
+	name  spiffeid.ID
+	id    func() *trust.Identity
 	lis   *bufconn.Listener
 	cache *catalog.Cache
 	wg    sync.WaitGroup
@@ -51,9 +53,9 @@ type fakeConv struct {
 	farConv *fakeConv
 }
 
-func newFakeGateway(c *cluster, m *federate.Manager, id *trust.Identity, lis *bufconn.Listener) *fakeGateway {
+func newFakeGateway(c *cluster, m *federate.Manager, name spiffeid.ID, id func() *trust.Identity, lis *bufconn.Listener) *fakeGateway {
 	return &fakeGateway{
-		c: c, m: m, id: id, lis: lis, cache: catalog.NewCache(0, 0), convs: map[string]*fakeConv{},
+		c: c, m: m, name: name, id: id, lis: lis, cache: catalog.NewCache(0, 0), convs: map[string]*fakeConv{},
 		asked: map[uint64]chan *controlpb.Answer{}, marks: map[string][2]uint64{},
 	}
 }
@@ -67,7 +69,7 @@ func (g *fakeGateway) link(ctx context.Context) {
 		return
 	}
 	defer cc.Close()
-	ctx = metadata.AppendToOutgoingContext(ctx, "test-id", g.id.ID.String())
+	ctx = metadata.AppendToOutgoingContext(ctx, "test-id", g.name.String())
 	s, err := controlpb.NewGatewaysClient(cc).Link(ctx)
 	if err != nil {
 		return
@@ -166,8 +168,8 @@ func (g *fakeGateway) dial(d *controlpb.JoinDial) {
 		refuse(problem.GatewayNotReachable, "quic "+strings.Join(d.GetAddresses(), " ")+" no answer in 5s")
 		return
 	}
-	hash := far.c.ca.Bundle().Hash()
-	if string(hash[:]) != string(d.GetBundleSha256()) || !slices.Contains(d.GetGatewayIds(), far.id.ID.String()) {
+	pinned := join.Pinned(far.c.ca.Bundle(), [32]byte(d.GetBundleSha256()))
+	if pinned == nil || !slices.Contains(d.GetGatewayIds(), far.name.String()) {
 		refuse(problem.IdentityMismatch, "the server did not prove an accepted identity")
 		return
 	}
@@ -190,10 +192,10 @@ func (g *fakeGateway) dial(d *controlpb.JoinDial) {
 		return out
 	}
 	far.up(&controlpb.JoinFrame{Id: remote.id, Inbound: true, Opened: &controlpb.JoinOpened{
-		Exporter: exporter, PeerChainDer: chain(g.id), Transport: "quic", Address: g.c.name,
+		Exporter: exporter, PeerChainDer: chain(g.id()), Transport: "quic", Address: g.c.name,
 	}})
 	g.up(&controlpb.JoinFrame{Id: near.id, Opened: &controlpb.JoinOpened{
-		Exporter: exporter, PeerChainDer: chain(far.id), PeerBundleJwks: far.c.ca.Bundle().Marshal(), Transport: "quic",
+		Exporter: exporter, PeerChainDer: chain(far.id()), PeerBundleJwks: pinned.Marshal(), Transport: "quic",
 		Address: d.GetAddresses()[0], RttSeconds: 0.078, Mtu: 1350, UdpOk: true, TcpOk: true,
 	}})
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/federate"
 	"github.com/strait-mesh/strait/federation"
+	"github.com/strait-mesh/strait/federation/catalog"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/ca"
@@ -43,12 +44,60 @@ type cluster struct {
 	td     spiffeid.TrustDomain
 	path   string
 	dir    *datadir.Dir
-	ca     *ca.CA
+	ca     authority
 	change func(*federate.Config) // of the test
 
 	m    *federate.Manager
 	gw   *fakeGateway
 	stop func() // ends everything of the running process and waits
+
+	trust struct { // what it says of others and of its own
+		sync.Mutex
+		acks    map[spiffeid.TrustDomain]uint64 // nil: every bundle is acknowledged as soon as it is held
+		denied  []catalog.Denial
+		changed chan struct{}
+	}
+}
+
+// say changes what the cluster acknowledges and withdraws.
+func (c *cluster) say(f func()) {
+	c.trust.Lock()
+	defer c.trust.Unlock()
+	f()
+	close(c.trust.changed)
+	c.trust.changed = make(chan struct{})
+}
+
+func (c *cluster) trustChanged() <-chan struct{} {
+	c.trust.Lock()
+	defer c.trust.Unlock()
+	return c.trust.changed
+}
+
+func (c *cluster) acked(td spiffeid.TrustDomain) (uint64, bool) {
+	c.trust.Lock()
+	defer c.trust.Unlock()
+	if c.trust.acks != nil {
+		sequence, ok := c.trust.acks[td]
+		return sequence, ok
+	}
+	c.w.mu.Lock()
+	m := c.m
+	c.w.mu.Unlock()
+	if m == nil {
+		return 0, false
+	}
+	p := m.View().Peer(td)
+	if p == nil || p.Bundle == nil {
+		return 0, false
+	}
+	return p.Bundle.Sequence(), true
+}
+
+func (c *cluster) denied() []catalog.Denial {
+	c.trust.Lock()
+	defer c.trust.Unlock()
+	return c.trust.denied
 }
 
 func newWorld(t *testing.T, names ...string) *world {
@@ -68,6 +117,7 @@ func (w *world) add(name, domain string) *cluster {
 	dir, err := datadir.Create(path)
 	must(w.t, err)
 	c := &cluster{w: w, name: name, td: td, path: path, dir: dir, change: func(*federate.Config) {}}
+	c.trust.changed = make(chan struct{})
 	c.ca, err = ca.Create(dir, ca.Config{TrustDomain: td, Now: c.now})
 	must(w.t, err)
 	w.mu.Lock()
@@ -103,10 +153,30 @@ func (c *cluster) now() time.Time {
 	return time.Now().Add(c.w.skew[c.name])
 }
 
+// identity renews with every change of the bundle, and of what is issued.
 func (c *cluster) identity(id spiffeid.ID) func() *trust.Identity {
-	v, err := c.ca.IssueKey(id, 0)
-	must(c.w.t, err)
-	return func() *trust.Identity { return v }
+	var mu sync.Mutex
+	var v *trust.Identity
+	var of *trust.Bundle
+	f := func() *trust.Identity {
+		mu.Lock()
+		defer mu.Unlock()
+		if b := c.ca.Bundle(); v == nil || of != b {
+			next, err := c.ca.IssueKey(id, 0)
+			must(c.w.t, err)
+			v, of = next, b
+		}
+		return v
+	}
+	f() // now: a CA asks for the time, which nobody may who holds the world's lock
+	return f
+}
+
+// rotates gives the cluster a root that the test rotates.
+func (c *cluster) rotates() *rotor {
+	r := newRotor(c.w.t, c.td)
+	c.ca = r
+	return r
 }
 
 func (c *cluster) start() {
@@ -114,11 +184,10 @@ func (c *cluster) start() {
 	t.Helper()
 	gatewayID, err := spiffeid.Gateway(c.td, "gateway-1")
 	must(t, err)
-	bundle := c.ca.Bundle()
 	cfg := federate.Config{
 		Federation: "acme", Cluster: federation.ClusterName(c.name), TrustDomain: c.td, Region: c.name + "-1", Dir: c.dir,
 		Identity: c.identity(spiffeid.ControlPlane(c.td)), Signer: c.identity(spiffeid.CatalogSigner(c.td)),
-		Bundle: func() *trust.Bundle { return bundle },
+		Bundle: c.ca.Bundle, Acked: c.acked, AckedChanged: c.trustChanged, Denied: c.denied, DeniedChanged: c.trustChanged,
 		PeerID: func(ctx context.Context) (spiffeid.ID, bool) {
 			md, _ := metadata.FromIncomingContext(ctx)
 			id, err := spiffeid.Parse(strings.Join(md.Get("test-id"), ""))
@@ -127,6 +196,9 @@ func (c *cluster) start() {
 		ProbeEvery: 20 * time.Millisecond, IntroduceEvery: 30 * time.Millisecond, EpochWait: 200 * time.Millisecond,
 		AllowLoopback: true, Version: "v0.1.0",
 		Now: c.now,
+	}
+	if r, ok := c.ca.(*rotor); ok {
+		cfg.BundleChanged = r.Changed
 	}
 	c.change(&cfg)
 	m, err := federate.New(cfg)
@@ -142,7 +214,7 @@ func (c *cluster) start() {
 	srv := grpc.NewServer()
 	controlpb.RegisterGatewaysServer(srv, m)
 	wg.Go(func() { _ = srv.Serve(lis) })
-	gw := newFakeGateway(c, m, c.identity(gatewayID)(), lis)
+	gw := newFakeGateway(c, m, gatewayID, c.identity(gatewayID), lis)
 	c.w.mu.Lock()
 	c.m, c.gw = m, gw
 	c.w.mu.Unlock()
@@ -194,14 +266,23 @@ func (w *world) setCut(a, b string, cut bool) {
 	w.sync()
 }
 
-// upLocked: both gateways run and both control planes gave them each other's bundle.
+// upLocked: both gateways run, what each control plane gave its own of the other's bundle verifies the other's gateway, and nobody
+// withdrew it.
 func (w *world) upLocked(a, b *cluster) bool {
 	if a.gw == nil || b.gw == nil || w.cutLocked(a.name, b.name) {
 		return false
 	}
 	for _, side := range [][2]*cluster{{a, b}, {b, a}} {
 		p := side[0].gw.m.View().Peer(side[1].td)
-		if p == nil || p.Resource() == nil || p.BundleHash != side[1].ca.Bundle().Hash() {
+		if p == nil || p.Resource() == nil {
+			return false
+		}
+		set, err := trust.NewBundles(p.Bundle)
+		if err != nil {
+			return false
+		}
+		proven, err := trust.Verify(side[1].gw.id().Chain, set, time.Now().Add(w.skew[side[0].name]))
+		if err != nil || slices.ContainsFunc(p.Denied, func(d catalog.Denial) bool { return d.ID == proven.ID && d.IssuedBefore.IsZero() }) {
 			return false
 		}
 	}

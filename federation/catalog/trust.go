@@ -63,6 +63,9 @@ func BundleEntry(b *trust.Bundle) ([]byte, error) {
 
 // SeenEntry is the body of the entry about the consumer's bundle.
 func SeenEntry(s Seen) ([]byte, error) {
+	if s.Sequence == 0 {
+		return nil, errors.New("catalog entry: an acknowledgement of a bundle without sequence")
+	}
 	return marshalEntry(&controlpb.BundleSeen{Sequence: s.Sequence, Sha256: s.Hash[:]})
 }
 
