@@ -65,10 +65,11 @@ func (r *rotor) sign(name string, isCA bool, id string, pub *ecdsa.PublicKey, by
 	if isCA {
 		tmpl.KeyUsage, tmpl.ExtKeyUsage = x509.KeyUsageCertSign, nil
 	}
-	der, err := x509.CreateCertificate(rand.Reader, tmpl, by.cert, pub, by.key)
-	if by.cert == nil {
-		der, err = x509.CreateCertificate(rand.Reader, tmpl, tmpl, pub, by.key)
+	parent := by.cert
+	if parent == nil {
+		parent = tmpl
 	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, parent, pub, by.key)
 	must(r.t, err)
 	c, err := x509.ParseCertificate(der)
 	must(r.t, err)
