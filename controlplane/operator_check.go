@@ -135,6 +135,9 @@ func (c *ControlPlane) checkTrust(k *checks, view *federate.View, horizon time.D
 		end := time.Unix(cert.NotAfterUnix, 0)
 		left := end.Sub(now)
 		limit, code := horizon, problem.RootExpiring
+		if own := cert.TrustDomain == c.facts.TrustDomain; own && c.elsewhere != nil { // renewed by others, who issue for shorter
+			limit = c.leafMargin()
+		}
 		if cert.Kind == "leaf" {
 			limit, code = c.leafMargin(), problem.CertificateExpiring
 		}
@@ -158,6 +161,9 @@ func (c *ControlPlane) checkTrust(k *checks, view *federate.View, horizon time.D
 
 // leafMargin is how little of its lifetime an identity may have left before three renewals were missed.
 func (c *ControlPlane) leafMargin() time.Duration {
+	if c.elsewhere != nil {
+		return c.elsewhere.lifetime() / 4
+	}
 	ttl := c.cfg.SVIDTTL
 	if ttl <= 0 {
 		ttl = ca.DefaultTTL
