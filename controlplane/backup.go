@@ -10,15 +10,18 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/strait-mesh/strait/controlplane/configapi"
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/internal/problem"
+	"github.com/strait-mesh/strait/trust/ca"
 )
 
 const (
@@ -32,15 +35,25 @@ const (
 // and what is made again.
 var skipped = map[string]bool{"store": true, "run": true, "LOCK": true, "spans": true, "gateway": true}
 
-// writeBackup streams a backup of dir: a marker, every file, and the store's snapshot, as a compressed tar.
-func writeBackup(ctx context.Context, dir *datadir.Dir, snapshot func(context.Context, io.Writer) error, w io.Writer) error {
+// writeBackup streams a backup of dir: a marker, every file, and the store's snapshot, as a compressed tar. Files that together says belong
+// to one moment are taken from there: a rotation may take a step meanwhile.
+func writeBackup(ctx context.Context, dir *datadir.Dir, together func() (map[string][]byte, error), snapshot func(context.Context, io.Writer) error, w io.Writer) error {
 	zw := gzip.NewWriter(w)
 	tw := tar.NewWriter(zw)
 	if err := addFile(tw, backupMarker, []byte(time.Now().UTC().Format(time.RFC3339)+"\n")); err != nil {
 		return err
 	}
+	held, err := together()
+	if err != nil {
+		return fmt.Errorf("backup: %w", err)
+	}
+	for _, name := range slices.Sorted(maps.Keys(held)) {
+		if err := addFile(tw, name, held[name]); err != nil {
+			return err
+		}
+	}
 	root := dir.Path()
-	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
 		if errors.Is(err, fs.ErrNotExist) {
 			return nil // a temporary file of a write under way
 		}
@@ -58,6 +71,9 @@ func writeBackup(ctx context.Context, dir *datadir.Dir, snapshot func(context.Co
 			return nil
 		}
 		if !d.Type().IsRegular() || strings.Contains(d.Name(), ".tmp-") {
+			return nil
+		}
+		if _, ok := held[filepath.ToSlash(rel)]; ok || held != nil && path.Dir(filepath.ToSlash(rel)) == "ca" {
 			return nil
 		}
 		data, err := os.ReadFile(p)
@@ -153,6 +169,9 @@ func Restore(r io.Reader, target string) (*Restored, error) {
 	facts, err := ReadFacts(dir)
 	if err != nil {
 		return nil, err
+	}
+	if err := ca.Restored(dir); err != nil {
+		return nil, problem.New(problem.StateCorrupt, "the CA in the backup: %v", err).WithState("nothing was written.").Wrap(err)
 	}
 	_ = os.Remove(target) // an empty directory
 	if err := os.Rename(tmp, target); err != nil {

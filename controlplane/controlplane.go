@@ -385,7 +385,7 @@ func (c *ControlPlane) listenGRPC(ctx context.Context) (server, error) {
 		Sign: c.issueAtRegistration,
 	}
 	refused := c.metrics.Counter("strait_handshakes_refused_total", "Connections to the control plane that were turned away.", "reason")
-	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c}, Bundle: c.issuer.Bundle, JWT: c.jwtSigner(), Denied: c.denied.Denied, Renewed: c.renewed, TTL: c.cfg.SVIDTTL, Logger: c.log})
+	ids, err := identity.New(identity.Config{Signer: guardedIssuer{c, "itself"}, Bundle: c.issuer.Bundle, JWT: c.jwtSigner(), Denied: c.denied.Denied, Renewed: c.renewed, TTL: c.cfg.SVIDTTL, Logger: c.log})
 	if err != nil {
 		return server{}, errors.Join(err, inner.Close())
 	}

@@ -50,12 +50,15 @@ func (w workloadAPI) IssuerNotAfter() (end time.Time) {
 // openAuthority opens our CA, or prepares for the Workload API. Whoever has one does not silently take the other: members of the
 // federation know this cluster by its roots.
 func (c *ControlPlane) openAuthority() (err error) {
-	cfg := ca.Config{TrustDomain: c.self.trustDomain, Now: c.now}
+	cfg := ca.Config{TrustDomain: c.self.trustDomain, Now: c.now, External: c.cfg.ExternalCA}
 	switch {
 	case c.facts.Identities == "" && c.cfg.WorkloadAPI != "":
 		return problem.New(problem.ConfigInvalid, "%s holds a CA, and a Workload API was given (%s)", c.dir.Path(), c.cfg.WorkloadAPI).
 			WithWhy("where identities come from is fixed at init; members know this cluster by its roots").
 			WithFix("unset %s", endpoint.SocketEnv).WithFix("or begin a cluster with strait init --spiffe-endpoint-socket %s", c.cfg.WorkloadAPI)
+	case c.facts.Identities != "" && c.cfg.ExternalCA != "":
+		return problem.New(problem.ConfigInvalid, "%s takes its identities from a Workload API, and an external CA was given (%s)", c.dir.Path(), c.cfg.ExternalCA).
+			WithWhy("where identities come from is fixed at init").WithFix("leave --external-ca out")
 	case c.facts.Identities == "":
 		if c.ca, err = ca.Open(c.dir, cfg); err != nil {
 			return err

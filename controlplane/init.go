@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -81,6 +80,7 @@ type InitConfig struct {
 	Zone             string
 	TrustDomain      string // default <cluster>.<federation>
 	GatewayAddresses []string
+	ExternalCA       string // directory of an external CA's intermediate; "": a root is made
 	WorkloadAPI      string // unix:///path: no CA, identities come from there; TrustDomain is required then
 	Now              func() time.Time
 }
@@ -129,18 +129,25 @@ func Init(cfg InitConfig) (*InitResult, error) {
 	if cfg.WorkloadAPI != "" {
 		return initElsewhere(cfg, facts, p)
 	}
-	if _, err := os.Stat(filepath.Join(cfg.DataDir, "ca", "root.pem")); !errors.Is(err, fs.ErrNotExist) {
+	if ca.Exists(cfg.DataDir) {
 		return nil, problem.New(problem.AlreadyInitialized, "%s holds the keys of a cluster", cfg.DataDir).WithState("nothing was written.")
+	}
+	config := map[string]any{}
+	if cfg.ExternalCA != "" {
+		if cfg.ExternalCA, err = filepath.Abs(cfg.ExternalCA); err != nil {
+			return nil, err
+		}
+		config["external-ca"] = cfg.ExternalCA
 	}
 	dir, err := datadir.Create(cfg.DataDir)
 	if err != nil {
 		return nil, err
 	}
 	defer dir.Close()
-	if err := writeConfig(dir, facts, map[string]any{}); err != nil {
+	if err := writeConfig(dir, facts, config); err != nil {
 		return nil, err
 	}
-	authority, err := ca.Create(dir, ca.Config{TrustDomain: p.trustDomain, Now: cfg.Now})
+	authority, err := ca.Create(dir, ca.Config{TrustDomain: p.trustDomain, Now: cfg.Now, External: cfg.ExternalCA})
 	if err != nil {
 		return nil, err
 	}

@@ -266,7 +266,7 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 	if err != nil {
 		return nil, wire.ToStatus(problem.New(problem.Usage, "name: %v", err))
 	}
-	chain, err := guardedIssuer{c}.IssueCSR(req.CsrDer, id, ttl)
+	chain, err := guardedIssuer{c, "access issue"}.IssueCSR(req.CsrDer, id, ttl)
 	if problem.Is(err, problem.IdentityWithdrawn) {
 		return nil, wire.ToStatus(err)
 	}
@@ -293,7 +293,7 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 
 // Backup implements controlpb.OperatorServer.
 func (o *operator) Backup(_ *controlpb.BackupRequest, stream grpc.ServerStreamingServer[controlpb.BackupChunk]) error {
-	return wire.ToStatus(writeBackup(stream.Context(), o.c.dir, o.c.api.Snapshot, chunks{stream}))
+	return wire.ToStatus(writeBackup(stream.Context(), o.c.dir, o.c.caFiles, o.c.api.Snapshot, chunks{stream}))
 }
 
 // chunks writes into a stream of messages.

@@ -48,6 +48,7 @@ func (c *ControlPlane) check(horizon time.Duration) []*controlpb.CheckItem {
 	c.checkJoins(k, view)
 	c.checkTunnels(k, view)
 	c.checkTrust(k, view, horizon)
+	c.checkIssuer(k)
 	c.checkElsewhere(k)
 	c.checkCatalogs(k, view)
 	c.checkProxies(k)

@@ -12,7 +12,10 @@ import (
 )
 
 // guardedIssuer issues what the authority issues, to nobody who is withdrawn.
-type guardedIssuer struct{ c *ControlPlane }
+type guardedIssuer struct {
+	c  *ControlPlane
+	by string // for the ledger of what was issued
+}
 
 // IssueCSR signs an identity unless it is withdrawn: before, or while it is signed.
 func (g guardedIssuer) IssueCSR(csrDER []byte, id spiffeid.ID, ttl time.Duration) ([][]byte, error) {
@@ -24,7 +27,7 @@ func (g guardedIssuer) IssueCSR(csrDER []byte, id spiffeid.ID, ttl time.Duration
 		c.log.Warn("time of issue not noted", "err", err)
 	}
 	was, _ := c.denied.Find(id)
-	chain, err := c.issuer.IssueCSR(csrDER, id, ttl)
+	chain, err := c.issueFor(g.by, csrDER, id, ttl)
 	if err != nil {
 		return nil, err
 	}
@@ -48,7 +51,7 @@ func withdrawnError(id spiffeid.ID, reason string) error {
 
 // issueAtRegistration is what registrations are answered from: a withdrawn identity makes its token useless.
 func (c *ControlPlane) issueAtRegistration(csrDER []byte, id spiffeid.ID) ([][]byte, error) {
-	chain, err := guardedIssuer{c}.IssueCSR(csrDER, id, c.cfg.SVIDTTL)
+	chain, err := guardedIssuer{c, "registration"}.IssueCSR(csrDER, id, c.cfg.SVIDTTL)
 	if !problem.Is(err, problem.IdentityWithdrawn) {
 		return chain, err
 	}

@@ -94,6 +94,9 @@ func checkOwner(path string, allow os.FileMode) error {
 	return e.WithFix("find out who may have read it; if in doubt rotate: strait trust rotate prepare")
 }
 
+// CheckKeyFile refuses a file with a key (problem.KeyFileExposed) unless it belongs to this process's user, and nobody else may read or write it.
+func CheckKeyFile(path string) error { return checkOwner(path, 0) }
+
 // readKeyFile reads a file of the data directory; an absent one is fs.ErrNotExist.
 func readKeyFile(dir files, name string) (*keyFile, error) {
 	data, err := dir.ReadFile(name)

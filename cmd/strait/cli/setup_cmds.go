@@ -33,6 +33,7 @@ SPIFFE Workload API server, SPIRE or another. That is fixed, too.`,
 	f.StringVar(&o.Region, "region", "", "region it is in")
 	f.StringVar(&o.Zone, "zone", "", "zone of its control plane and first gateway")
 	f.StringVar(&o.TrustDomain, "trust-domain", "", "SPIFFE trust domain (default <cluster>.<federation>)")
+	f.StringVar(&o.ExternalCA, "external-ca", "", "make no root: sign with the intermediate CA in this directory (tls.crt, tls.key, ca.crt)")
 	f.StringVar(&o.WorkloadAPI, "spiffe-endpoint-socket", "", "take identities from the SPIFFE Workload API at unix:///path and make no CA; needs --trust-domain")
 	f.StringSliceVar(&o.GatewayAddresses, "gateway-address", nil, "where other clusters reach the first gateway, HOST:PORT")
 	return c

@@ -27,6 +27,7 @@ or a server presents.`,
 		Example: "  strait trust status\n  strait trust rotate prepare --wait"}
 	c.AddCommand(newTrustStatusCmd(e), newTrustRootsCmd(e), newTrustRotateCmd(e), newTrustInspectCmd(e))
 	c.AddCommand(withdrawTrustCmds(e)...)
+	c.AddCommand(offlineTrustCmds(e)...)
 	return c
 }
 
