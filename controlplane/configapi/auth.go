@@ -42,15 +42,8 @@ func authenticate(allow func(*x509.Certificate) error, now func() time.Time) aut
 			return nil, false, nil
 		}
 		leaf := r.TLS.VerifiedChains[0][0]
-		for _, c := range r.TLS.VerifiedChains[0] { // the connection may have outlived it
-			if now().After(c.NotAfter) {
-				return nil, false, errors.New("the client certificate has expired")
-			}
-		}
-		if allow != nil {
-			if err := allow(leaf); err != nil {
-				return nil, false, fmt.Errorf("the client certificate is not accepted: %w", err)
-			}
+		if err := acceptable(r.TLS.VerifiedChains, allow, now()); err != nil {
+			return nil, false, err
 		}
 		name := leaf.Subject.CommonName
 		if name == "" || strings.HasPrefix(name, "system:") {
@@ -67,6 +60,24 @@ func authenticate(allow func(*x509.Certificate) error, now func() time.Time) aut
 		}
 		return &authenticator.Response{User: u}, true, nil
 	}
+}
+
+// acceptable judges a verified client certificate as of now: the connection may have outlived it.
+func acceptable(chains [][]*x509.Certificate, allow func(*x509.Certificate) error, now time.Time) error {
+	if len(chains) == 0 || len(chains[0]) == 0 {
+		return errors.New("no client certificate")
+	}
+	for _, c := range chains[0] {
+		if now.After(c.NotAfter) {
+			return errors.New("the client certificate has expired")
+		}
+	}
+	if allow != nil {
+		if err := allow(chains[0][0]); err != nil {
+			return fmt.Errorf("the client certificate is not accepted: %w", err)
+		}
+	}
+	return nil
 }
 
 // readablePaths are what a viewer may read besides resources.

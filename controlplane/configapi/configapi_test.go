@@ -10,6 +10,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/big"
@@ -20,6 +21,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -42,6 +44,15 @@ type authority struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	pem  []byte
+	out  atomic.Pointer[string] // name of an operator who was withdrawn
+}
+
+// allow judges client certificates.
+func (a *authority) allow(c *x509.Certificate) error {
+	if out := a.out.Load(); out != nil && c.Subject.CommonName == *out {
+		return errors.New("withdrawn")
+	}
+	return nil
 }
 
 func newAuthority(t *testing.T) *authority {
@@ -57,7 +68,7 @@ func newAuthority(t *testing.T) *authority {
 		t.Fatal(err)
 	}
 	c, _ = x509.ParseCertificate(der)
-	return &authority{c, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
+	return &authority{cert: c, key: key, pem: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
 }
 
 func (a *authority) issue(t *testing.T, name string, usage x509.ExtKeyUsage, orgs ...string) (certPEM, keyPEM []byte) {
@@ -89,7 +100,7 @@ func start(t *testing.T, ca *authority, dir string) *configapi.Server {
 	t.Helper()
 	c := configapi.Config{Dir: dir, Logger: testLogger(t)}
 	if ca != nil {
-		c.Listen, c.ClientCAPEM = "127.0.0.1:0", ca.pem
+		c.Listen, c.ClientCAPEM, c.Allow = "127.0.0.1:0", ca.pem, ca.allow
 		c.ServingCertPEM, c.ServingKeyPEM = ca.issue(t, "server", x509.ExtKeyUsageServerAuth)
 	}
 	begin := time.Now()
@@ -177,6 +188,8 @@ func TestAPI(t *testing.T) {
 	t.Run("browsers", func(t *testing.T) { testBrowsers(t, ca, s) })
 	t.Run("socket", func(t *testing.T) { testHandler(t, s) })
 	t.Run("garbage", func(t *testing.T) { testGarbage(t, ca, s) })
+	t.Run("withdrawn", func(t *testing.T) { testWithdrawn(t, ca, s) })
+	t.Run("silence", func(t *testing.T) { testSilence(t, ca, s) })
 }
 
 func testCRUD(t *testing.T, d dynamic.Interface) {

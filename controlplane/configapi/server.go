@@ -61,6 +61,7 @@ type Server struct {
 	loop     *loopback
 	handler  http.Handler // authenticated by its caller
 	listener net.Listener
+	conns    *connections // of listener
 	servers  []*http.Server
 	generic  *genericapiserver.GenericAPIServer
 
@@ -81,7 +82,7 @@ func Start(ctx context.Context, c Config) (_ *Server, err error) {
 	if !running.CompareAndSwap(false, true) {
 		return nil, errRunning
 	}
-	s := &Server{config: c, loop: newLoopback(), failed: make(chan struct{})}
+	s := &Server{config: c, loop: newLoopback(), failed: make(chan struct{}), conns: newConnections(c.Allow, time.Now)}
 	runCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	s.cancel = cancel
 	defer func() {
@@ -110,7 +111,7 @@ func Start(ctx context.Context, c Config) (_ *Server, err error) {
 	if s.generic.StaticOpenAPISpec == nil {
 		s.generic.StaticOpenAPISpec = &spec.Swagger{} // without version 2 the definitions' version 3 would stay away as well
 	}
-	s.serve(runCtx, s.loop, as(&user.DefaultInfo{Name: "strait", Groups: []string{RoleAdmin}}, strict(s.generic.Handler)))
+	s.serve(runCtx, s.loop, nil, as(&user.DefaultInfo{Name: "strait", Groups: []string{RoleAdmin}}, strict(s.generic.Handler)))
 	if _, _, err := prepared.NonBlockingRunWithContext(runCtx, closeGrace); err != nil {
 		return nil, err
 	}
@@ -125,7 +126,8 @@ func Start(ctx context.Context, c Config) (_ *Server, err error) {
 	}
 	s.handler = as(&user.DefaultInfo{Name: "socket", Groups: []string{RoleAdmin}}, strict(s.generic.Handler))
 	if s.listener != nil {
-		s.serve(runCtx, s.listener, sameSite(s.servingLeaf, strict(s.generic.Handler)))
+		s.wg.Go(func() { s.conns.run(runCtx) })
+		s.serve(runCtx, s.listener, s.conns.state, sameSite(s.servingLeaf, strict(s.generic.Handler)))
 	}
 	return s, nil
 }
@@ -143,6 +145,13 @@ func (s *Server) RESTConfig() *clientrest.Config { return s.loop.restConfig() }
 
 // Handler serves the API as admin to whoever reaches it: its user has checked the caller (a unix socket's peer credentials).
 func (s *Server) Handler() http.Handler { return s.handler }
+
+// Judge asks Allow again about every client certificate, and ends the connections of those that it refuses: their watches, too.
+func (s *Server) Judge() {
+	if n := s.conns.judge(); n > 0 {
+		s.config.Logger.Info("connections to the configuration API withdrawn", "connections", n)
+	}
+}
 
 // Failed is closed when the store has stopped by itself; Err says why. The process should end: what was not written durably must
 // not be served.
@@ -256,9 +265,9 @@ func (s *Server) servingLeaf() *x509.Certificate {
 	return leaf
 }
 
-func (s *Server) serve(ctx context.Context, l net.Listener, h http.Handler) {
+func (s *Server) serve(ctx context.Context, l net.Listener, state func(net.Conn, http.ConnState), h http.Handler) {
 	srv := &http.Server{
-		Handler: h, ReadHeaderTimeout: headerTimeout, // bounds the handshake as well
+		Handler: h, ConnState: state, ReadHeaderTimeout: headerTimeout, // bounds the handshake as well
 		IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeaderBytes,
 		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) }, // Close ends them
 		ErrorLog:    log.New(&debugWriter{s.config.Logger}, "", 0),
