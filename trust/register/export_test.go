@@ -22,3 +22,12 @@ func (t *Tokens) Redeem(id string, proof, exporter, csr []byte) (Grant, error) {
 	}
 	return t.bind(id, sha256.Sum256(csr))
 }
+
+// ParseReview reads an API server's answer.
+func ParseReview(data []byte, audience string) (ServiceAccount, error) {
+	status, err := parseReview(data)
+	if err != nil {
+		return ServiceAccount{}, err
+	}
+	return status.account(audience)
+}

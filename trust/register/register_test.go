@@ -10,11 +10,13 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/binary"
 	"errors"
 	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -223,6 +225,33 @@ func TestRelayedProof(t *testing.T) {
 	}
 	if r := ask(t, first, req); r.ErrorCode != "" || len(r.ChainDer) != 2 {
 		t.Errorf("on its own: %v", r)
+	}
+}
+
+// TestTokenIsBound: a token gives the namespace and service account that it was issued for, until it expires, whatever its holder asks for.
+func TestTokenIsBound(t *testing.T) {
+	i := newIssuer(t)
+	addr := i.listen(t)
+	tok := i.token(t, sidecar)
+	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	csr := must(x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+		Subject: pkix.Name{CommonName: "admin"}, DNSNames: []string{"us-east.acme"},
+		URIs: []*url.URL{{Scheme: "spiffe", Host: td.String(), Path: "/ns/shop/sa/admin"}, {Scheme: "spiffe", Host: "eu-west.acme", Path: "/strait/controlplane"}},
+	}, key))
+	c := i.dial(t, addr)
+	defer c.Close()
+	r := ask(t, c, &controlpb.RegisterRequest{TokenId: tok.ID, CsrDer: csr, Proof: register.Proof(tok, exporter(t, c), csr)})
+	if r.ErrorCode != "" {
+		t.Fatalf("%s: %s", r.ErrorCode, r.ErrorMessage)
+	}
+	id := must(trust.NewIdentity(r.ChainDer, key))
+	if id.ID != sidecar.SPIFFEID || r.Name != sidecar.Name || len(id.Chain[0].URIs) != 1 || len(id.Chain[0].DNSNames) != 0 || id.Chain[0].Subject.CommonName != "" {
+		t.Errorf("the token gave %s to %s: %v", id.ID, r.Name, id.Chain[0].Subject)
+	}
+	late := i.token(t, sidecar)
+	i.clock.add(15 * time.Minute)
+	if _, err := register.Register(t.Context(), i.client(late, addr)); !problem.Is(err, problem.RegistrationRefused) || !strings.Contains(problem.From(err).Reason(), "expired") {
+		t.Errorf("at the second of its end: %v", err)
 	}
 }
 

@@ -252,6 +252,57 @@ func TestRedeemRace(t *testing.T) {
 	}
 }
 
+// TestTwoRedeemers: class T32, promise P5. Two with keys of their own race for each of 1,000 tokens: exactly one of each pair is granted what
+// the token is bound to, and nothing else.
+func TestTwoRedeemers(t *testing.T) {
+	s, dir, c := newStore(t)
+	const races = 1000
+	winners := make([]string, races)
+	tokens := make([]register.Token, races)
+	for i := range races {
+		tokens[i] = issue(t, s, sidecar)
+		var granted [2]bool
+		var wg sync.WaitGroup
+		start := make(chan struct{})
+		for j := range granted {
+			wg.Go(func() {
+				<-start
+				g, err := redeem(s, tokens[i], fmt.Sprintf("key %d", j))
+				granted[j] = err == nil
+				if err == nil && g != sidecar || err != nil && !problem.Is(err, problem.RegistrationRefused) {
+					t.Errorf("race %d, redeemer %d: %+v, %v", i, j, g, err)
+				}
+			})
+		}
+		close(start)
+		wg.Wait()
+		switch granted {
+		case [2]bool{true, false}:
+			winners[i] = "key 0"
+		case [2]bool{false, true}:
+			winners[i] = "key 1"
+		default:
+			t.Fatalf("race %d: granted %v", i, granted)
+		}
+	}
+	again, err := register.OpenTokens(dir, c.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := 0
+	for i, tok := range tokens {
+		for _, key := range []string{"key 0", "key 1"} {
+			if _, err := redeem(again, tok, key); (err == nil) != (key == winners[i]) {
+				t.Errorf("race %d after a restart: %s: %v; %s had won", i, key, err, winners[i])
+			}
+		}
+		if winners[i] == "key 0" {
+			first++
+		}
+	}
+	t.Logf("the first of the pair won %d of %d", first, races)
+}
+
 func TestStoreLife(t *testing.T) {
 	s, dir, c := newStore(t)
 	used, unused, revoked := issue(t, s, gateway), issue(t, s, sidecar), issue(t, s, gateway)
