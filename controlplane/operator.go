@@ -284,6 +284,7 @@ func (o *operator) AccessIssue(_ context.Context, req *controlpb.AccessIssueRequ
 	if err := c.roles.grant(req.Name, req.Role, leaf.NotAfter); err != nil {
 		return nil, wire.ToStatus(err)
 	}
+	c.judgeAPI() // the role may be a lower one than before
 	c.rotation.Issued(rotation.OperatorName(req.Name), id, false, rotation.Identity{Issued: trust.Issued(leaf), NotAfter: leaf.NotAfter})
 	return &controlpb.AccessIssueResponse{
 		ChainDer: chain, BundleJwks: c.issuer.Bundle().Marshal(), SpiffeId: id.String(), ApiCaPem: c.apiCA.APIRootPEM(),

@@ -14,6 +14,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/internal/peercred"
+	"github.com/strait-mesh/strait/trust"
 )
 
 // listenLocal opens the data directory's sockets: their user is admin.
@@ -22,7 +23,7 @@ func (c *ControlPlane) listenLocal() ([]server, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := grpc.NewServer(grpc.ChainUnaryInterceptor(c.needsCA))
+	g := grpc.NewServer(grpc.ConnectionTimeout(trust.HandshakeTimeout), grpc.ChainUnaryInterceptor(c.needsCA))
 	controlpb.RegisterOperatorServer(g, &operator{c: c})
 	servers := []server{{"operator socket", func() error { return g.Serve(op) }, func() { stopGRPC(g) }}}
 
@@ -113,6 +114,7 @@ func (c *ControlPlane) denyLoop(ctx context.Context) error {
 	for {
 		changed := c.denied.Changed()
 		c.registry.Judge(c.judgeSubject)
+		c.judgeAPI()
 		c.discovery.Judge()
 		select {
 		case <-ctx.Done():

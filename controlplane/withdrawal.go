@@ -72,3 +72,10 @@ func (c *ControlPlane) judgeSubject(s withdrawal.Subject) (reason string, ok boo
 func (c *ControlPlane) judgePeer(p *trust.Peer) (reason string, withdrawn bool) {
 	return c.denied.Denied(p.ID, p.Issued())
 }
+
+// judgeAPI ends connections to the configuration API, open watches with them, whose certificate is not accepted any more.
+func (c *ControlPlane) judgeAPI() {
+	if c.api != nil {
+		c.api.Judge()
+	}
+}

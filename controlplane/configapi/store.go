@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/etcd/etcdutl/v3/snapshot"
 	"go.etcd.io/etcd/server/v3/embed"
 	"go.uber.org/zap"
+	"google.golang.org/grpc"
 )
 
 // memberURL is how the one member would be reached by others. Nobody dials it while it is alone; a second member begins with
@@ -71,6 +72,8 @@ func startStore(ctx context.Context, c Config) (_ *store, err error) {
 	e.QuotaBackendBytes = c.QuotaBytes
 	e.TickMs, e.ElectionMs = 100, 1000
 	e.UnsafeNoFsync = false
+	// What etcd lets us bound of a connection's beginning. It waits without end for the first bytes; only our user reaches the socket.
+	e.GRPCAdditionalServerOptions = []grpc.ServerOption{grpc.ConnectionTimeout(headerTimeout)}
 	e.ZapLoggerBuilder = embed.NewZapLoggerBuilder(zap.New(&zapToSlog{handler: c.Logger.With("component", "etcd").Handler()}))
 	if s.etcd, err = embed.StartEtcd(e); err != nil {
 		return nil, err
