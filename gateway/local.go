@@ -242,7 +242,11 @@ func (g *Gateway) serveSession(ctx context.Context, tc *tls.Conn) error {
 	}
 	s.proxy, s.inbound = hello.Proxy, hello.InboundAddress
 	// In the registry before the view is asked: a withdrawal in between is seen by one of the two.
-	remove := g.registry.Add(withdrawal.Subject{Peer: g.td, Identity: s.identity, Issued: s.issued, Class: classLocal, NotAfter: peer.NotAfter},
+	until := peer.NotAfter
+	if own := g.cfg.Client.Source().Identity(); own != nil && own.NotAfter.Before(until) {
+		until = own.NotAfter // neither end outlives what it has proven
+	}
+	remove := g.registry.Add(withdrawal.Subject{Peer: g.td, Identity: s.identity, Issued: s.issued, Class: classLocal, NotAfter: until},
 		func(string) { tc.NetConn().Close() })
 	defer remove()
 	if reason, withdrawn := g.judgePeer(peer); withdrawn {

@@ -168,6 +168,8 @@ func (g *Gateway) notReady() string {
 		return "draining"
 	case g.cfg.Client.Source().Identity() == nil:
 		return "no identity yet"
+	case !g.cfg.Client.Source().Now().Before(g.cfg.Client.Source().Identity().NotAfter):
+		return "identity_expired: the identity ended at " + g.cfg.Client.Source().Identity().NotAfter.UTC().Format(time.RFC3339)
 	}
 	return ""
 }

@@ -22,7 +22,6 @@ type metrics struct {
 	ejections   *metric.Counter
 	refusals    *metric.Counter
 	handshakes  *metric.Counter
-	notAfter    *metric.Gauge
 
 	mu   sync.Mutex
 	seen map[federation.ServiceName][]func() // how to forget the series of a service
@@ -38,7 +37,6 @@ func newMetrics(r *metric.Registry) *metrics {
 		ejections:   r.Counter("strait_ejections_total", "Endpoints taken out by what calls met.", "reason", "service", "dst_cluster"),
 		refusals:    r.Counter("strait_connections_refused_total", "TCP connections that found no way.", "service", "reason"),
 		handshakes:  r.Counter("strait_inbound_handshake_failures_total", "Inbound handshakes that failed, by cause.", "reason"),
-		notAfter:    r.Gauge("strait_certificate_not_after_seconds", "When a certificate ends, Unix time.", "kind", "trust_domain"),
 		seen:        map[federation.ServiceName][]func(){},
 	}
 }

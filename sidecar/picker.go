@@ -412,6 +412,8 @@ func (c *call) refuse() *sidecarhttp.Refusal {
 		r.Reason = d.Exclusions[0].Reason
 	}
 	switch r.Reason {
+	case federation.IdentityExpired:
+		r.Code, r.Message = problem.IdentityExpired, c.svc.name.String()+": this sidecar's own identity has expired"
 	case "", federation.LocalOK, federation.PriorityOK, federation.Standby:
 		r.Reason = federation.NoEndpoints
 	}

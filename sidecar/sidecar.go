@@ -305,9 +305,6 @@ func (s *Sidecar) housekeep(ctx context.Context) {
 func (s *Sidecar) followTrust(ctx context.Context) {
 	for {
 		changed := s.source.Changed()
-		if id := s.source.Identity(); id != nil {
-			s.metrics.notAfter.With("leaf", id.ID.TrustDomain().String()).Set(float64(id.NotAfter.Unix()))
-		}
 		if n := s.ledger.judgeChains(); n > 0 {
 			s.log.Info("connections ended with the trust in them", "connections", n)
 		}

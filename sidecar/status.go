@@ -7,6 +7,8 @@ import (
 	"net"
 	"net/http"
 	"time"
+
+	"github.com/strait-mesh/strait/federation"
 )
 
 // statusServer answers /metrics, /healthz and /readyz, and nothing else.
@@ -37,7 +39,7 @@ func (s *Sidecar) notReady() string {
 	case s.source.Identity() == nil:
 		return "no identity yet"
 	case !s.cfg.Now().Before(s.source.Identity().NotAfter):
-		return "identity has expired"
+		return federation.IdentityExpired.String() + ": the identity ended at " + s.source.Identity().NotAfter.UTC().Format(time.RFC3339)
 	}
 	return ""
 }

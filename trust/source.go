@@ -188,7 +188,7 @@ func (s *Source) ownCertificate(sendRoots bool) (*tls.Certificate, error) {
 		return nil, errNoIdentity
 	}
 	if !s.now().Before(m.identity.NotAfter) {
-		return nil, &VerifyError{Reason: "expired", ID: m.identity.ID, Err: errors.New("own identity has expired")}
+		return nil, &VerifyError{Reason: "identity_expired", ID: m.identity.ID, Err: errors.New("own identity has expired")}
 	}
 	if sendRoots {
 		return m.rooted, nil

@@ -147,7 +147,7 @@ func TestRefusals(t *testing.T) {
 		{"client without an identity yet", empty.ClientTLS(anyone), m.b.ServerTLS(anyone), "", ""},
 		{"server without an identity yet", m.a.ClientTLS(anyone), empty.ServerTLS(anyone), "", ""},
 		{"own identity has expired", late.ClientTLS(anyone), m.b.ServerTLS(anyone), "expired", ""},
-		{"own identity of the server has expired", m.b.ClientTLS(anyone), late.ServerTLS(anyone), "", "expired"},
+		{"own identity of the server has expired", m.b.ClientTLS(anyone), late.ServerTLS(anyone), "", "identity_expired"},
 		{"TLS 1.2", tls12, m.b.ServerTLS(anyone), "", ""},
 		{"other protocol", m.a.ClientTLS(trust.TLSOptions{Authorize: trust.AuthorizeAny(), ALPN: []string{"x"}}), m.b.ServerTLS(trust.TLSOptions{Authorize: trust.AuthorizeAny(), ALPN: []string{"h2"}}), "", ""},
 	} {

@@ -103,6 +103,9 @@ func (d *Dialer) Dial(ctx context.Context, t Target) (*Conn, error) {
 	if own == nil {
 		return nil, &Error{Kind: NoIdentity, Err: errors.New("own identity is not here yet")}
 	}
+	if !d.Source.Now().Before(own.NotAfter) {
+		return nil, &Error{Kind: NoIdentity, Err: fmt.Errorf("own identity ended at %s", own.NotAfter.UTC().Format(time.RFC3339))}
+	}
 	timeout := d.Timeout
 	if timeout <= 0 {
 		timeout = 3 * time.Second

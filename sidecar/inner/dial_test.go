@@ -72,6 +72,7 @@ func TestDial(t *testing.T) {
 		"another identity":      {inner.Target{Address: good, IDs: []spiffeid.ID{workload(t, td, "cart")}}, source("web"), inner.Untrusted},
 		"no identity listed":    {inner.Target{Address: good}, source("web"), inner.Untrusted},
 		"none of our own":       {inner.Target{Address: good, IDs: ids}, trust.NewSource(trust.SourceConfig{}), inner.NoIdentity},
+		"our own has expired":   {inner.Target{Address: good, IDs: ids}, expired(source("web")), inner.NoIdentity},
 		"no protocol in common": {inner.Target{Address: good, IDs: ids, ALPN: []string{"smtp"}}, source("web"), inner.Unreachable},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -146,4 +147,12 @@ func serve(t testing.TB, cfg *tls.Config) string {
 	})
 	t.Cleanup(func() { l.Close(); wg.Wait() })
 	return l.Addr().String()
+}
+
+// expired is a source with the same identity and bundles, in a time after their end.
+func expired(s *trust.Source) *trust.Source {
+	late := trust.NewSource(trust.SourceConfig{Now: func() time.Time { return time.Now().Add(1000 * time.Hour) }})
+	late.SetIdentity(s.Identity())
+	late.SetBundles(s.Bundles())
+	return late
 }

@@ -116,6 +116,7 @@ func start(ctx context.Context, role proxyclient.Role, name string, c common, er
 	}
 	info := p.client.Info()
 	p.metrics = metric.New(metric.Config{Role: string(role), Version: version.String(), Process: true})
+	p.client.Observe(p.metrics)
 	dropped := p.metrics.Counter("strait_spans_dropped_total", "Spans lost before they were delivered.").With()
 	service := strings.TrimPrefix(info.Name, "/")
 	namespace := ""
