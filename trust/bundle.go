@@ -121,13 +121,17 @@ func (b *Bundle) WithSequence(sequence uint64) *Bundle {
 	return n
 }
 
+// checkJWTKey accepts ECDSA on P-256, P-384 and P-521, and RSA of a size that is neither weak nor dear.
 func checkJWTKey(key crypto.PublicKey) error {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
+		if curves[k.Curve.Params().Name] == nil {
+			return fmt.Errorf("an ECDSA key on %s", k.Curve.Params().Name)
+		}
 		return nil
 	case *rsa.PublicKey:
-		if k.N.BitLen() < minRSA {
-			return fmt.Errorf("an RSA key of %d bits; at least %d", k.N.BitLen(), minRSA)
+		if n := k.N.BitLen(); n < minRSA || n > maxRSA {
+			return fmt.Errorf("an RSA key of %d bits; %d to %d", n, minRSA, maxRSA)
 		}
 		return nil
 	default:

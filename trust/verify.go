@@ -4,9 +4,7 @@ package trust
 
 import (
 	"bytes"
-	"crypto/ecdsa"
 	"crypto/ed25519"
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -199,21 +197,17 @@ func uriSANs(c *x509.Certificate) ([]string, error) {
 	return uris, nil
 }
 
-// minRSA is the shortest RSA modulus accepted anywhere in a chain, in bits.
-const minRSA = 2048
+// The RSA moduli accepted anywhere in a chain, in bits: shorter ones are weak, longer ones cost too much to check.
+const (
+	minRSA = 2048
+	maxRSA = 8192
+)
 
 func checkKey(c *x509.Certificate) error {
-	switch k := c.PublicKey.(type) {
-	case *ecdsa.PublicKey, ed25519.PublicKey:
+	if _, ok := c.PublicKey.(ed25519.PublicKey); ok {
 		return nil
-	case *rsa.PublicKey:
-		if k.N.BitLen() < minRSA {
-			return fmt.Errorf("an RSA key of %d bits; at least %d", k.N.BitLen(), minRSA)
-		}
-		return nil
-	default:
-		return errors.New("a public key of an unsupported kind")
 	}
+	return checkJWTKey(c.PublicKey)
 }
 
 // issuerUsage holds a signing certificate of the chain to X509-SVID sections 4.1 and 4.3.

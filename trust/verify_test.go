@@ -3,12 +3,15 @@
 package trust_test
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
 	"errors"
+	"math/big"
 	"net"
 	"strings"
 	"testing"
@@ -87,7 +90,18 @@ func TestVerifyRows(t *testing.T) {
 		}
 		return []*x509.Certificate{signed(t, leafTemplate(web, nil), iss.cert, &key.PublicKey, iss.key), iss.cert}
 	}
-	big := func(c *x509.Certificate) {
+	ecLeaf := func(curve elliptic.Curve) []*x509.Certificate {
+		key, err := ecdsa.GenerateKey(curve, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []*x509.Certificate{signed(t, leafTemplate(web, nil), iss.cert, &key.PublicKey, iss.key), iss.cert}
+	}
+	hugeRSA := func() []*x509.Certificate { // nobody has its private half
+		n := new(big.Int).Add(new(big.Int).Lsh(big.NewInt(1), 8192), big.NewInt(1))
+		return []*x509.Certificate{signed(t, leafTemplate(web, nil), iss.cert, &rsa.PublicKey{N: n, E: 65537}, iss.key), iss.cert}
+	}
+	large := func(c *x509.Certificate) {
 		c.ExtraExtensions = append(c.ExtraExtensions, pkix.Extension{Id: asn1.ObjectIdentifier{1, 2, 3, 4}, Value: make([]byte, 65<<10)})
 	}
 	wide := root.issuer("wide")
@@ -114,6 +128,8 @@ func TestVerifyRows(t *testing.T) {
 		{"constraint that is the name", below(permitted("a.mesh")), ""},
 		{"eight certificates", deep(7), ""},
 		{"RSA 2048", rsaLeaf(2048), ""},
+		{"P-384", ecLeaf(elliptic.P384()), ""},
+		{"P-521", ecLeaf(elliptic.P521()), ""},
 		{"valid until this second", one(iss, web, life(t0.Add(-time.Hour), t0)), ""},
 		{"valid from this second", one(iss, web, life(t0, t0.Add(time.Hour))), ""},
 
@@ -145,6 +161,8 @@ func TestVerifyRows(t *testing.T) {
 		{"unknown EKU alone", one(iss, web, extended(), func(c *x509.Certificate) { c.UnknownExtKeyUsage = []asn1.ObjectIdentifier{{1, 2, 3}} }), "bad_usage"},
 		{"neither subject nor critical SAN", one(iss, "", noSubject, sans(false, web)), "bad_usage"},
 		{"RSA 1024", rsaLeaf(1024), "bad_usage"},
+		{"RSA of 8,193 bits", hugeRSA(), "bad_usage"},
+		{"P-224", ecLeaf(elliptic.P224()), "bad_usage"},
 		{"signing certificate as identity", []*x509.Certificate{root.issuer("x", uri(web)).cert}, "bad_usage"},
 		{"issuer's ID with a path", below(uri("spiffe://a.mesh/x")), "bad_san"},
 		{"issuer's ID of another trust domain", below(uri("spiffe://b.mesh")), "bad_san"},
@@ -173,7 +191,7 @@ func TestVerifyRows(t *testing.T) {
 		{"excluded by name", below(excluded("a.mesh")), "untrusted"},
 		{"excluded from above", below(excluded("mesh")), "untrusted"},
 		{"nine certificates", deep(8), "too_large"},
-		{"more than 64 KiB", one(iss, web, big), "too_large"},
+		{"more than 64 KiB", one(iss, web, large), "too_large"},
 	} {
 		p, err := trust.Verify(tt.chain, bundles, t0)
 		if tt.want == "" {
