@@ -25,7 +25,7 @@ import (
 // apply takes one change of discovery. An error refuses it (NACK), and what was there stays.
 func (s *Sidecar) apply(c proxyclient.Change) error {
 	err := s.applyOne(c)
-	if c.TypeURL == controlpb.TypeSelf || c.TypeURL == controlpb.TypeDenied {
+	if c.TypeURL == controlpb.TypeSelf || c.TypeURL == controlpb.TypeDenied && s.self.Load() != nil {
 		s.tellWorkloadAPI()
 	}
 	if err != nil {

@@ -123,7 +123,7 @@ func (c *cluster) serve() {
 		Sign: func(csr []byte, id spiffeid.ID) ([][]byte, error) { return c.ca.IssueCSR(csr, id, 0) },
 	}
 	ids, err := identity.New(identity.Config{
-		Signer: c.ca, Bundle: c.ca.Bundle, Denied: c.denied.Denied,
+		Signer: c.ca, Bundle: c.ca.Bundle, JWT: c.ca, Denied: c.denied.Denied,
 		Renewed: func(r identity.Renewal) {
 			c.renewals.Add(1)
 			c.renewed.Store(&r)

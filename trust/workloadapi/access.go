@@ -83,6 +83,8 @@ type gate struct {
 
 	mu      sync.Mutex
 	access  Access
+	known   bool          // access was said once
+	first   chan struct{} // closed when it was
 	changed chan struct{}
 	calls   map[uint32]int
 	logged  map[uint32]*refusals
@@ -102,7 +104,7 @@ const (
 func newGate(cfg Config) *gate {
 	return &gate{
 		now: cfg.Now, log: cfg.Logger, refused: cfg.Refused, most: cfg.MaxCalls,
-		changed: make(chan struct{}), calls: map[uint32]int{}, logged: map[uint32]*refusals{},
+		first: make(chan struct{}), changed: make(chan struct{}), calls: map[uint32]int{}, logged: map[uint32]*refusals{},
 	}
 }
 
@@ -111,6 +113,10 @@ func (g *gate) set(a Access) (old Access) {
 	a.Selectors = slices.Clone(a.Selectors)
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if !g.known {
+		g.known = true
+		close(g.first)
+	}
 	if old = g.access; old.equal(a) {
 		return old
 	}

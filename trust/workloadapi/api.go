@@ -58,7 +58,36 @@ func (s *Server) enter(ctx context.Context) (leave func(), err error) {
 		s.cfg.Refused("no_header")
 		return nil, status.Errorf(codes.InvalidArgument, "the metadata %s: true is missing", securityHeader)
 	}
-	return s.gate.enter(who.UID)
+	if leave, err = s.gate.enter(who.UID); err != nil {
+		return nil, err
+	}
+	if err := s.configured(ctx); err != nil {
+		leave()
+		return nil, err
+	}
+	return leave, nil
+}
+
+// configured waits until somebody has said who is served: until then nobody is refused for good.
+func (s *Server) configured(ctx context.Context) error {
+	select {
+	case <-s.gate.first:
+		return nil
+	default:
+	}
+	t := time.NewTimer(s.cfg.FirstWait)
+	defer t.Stop()
+	select {
+	case <-s.gate.first:
+		return nil
+	case <-t.C:
+		s.cfg.Refused("no_configuration")
+		return status.Error(codes.Unavailable, "the sidecar has no configuration yet")
+	case <-s.ending:
+		return status.Error(codes.Unavailable, "the sidecar ends")
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
 }
 
 func caller(ctx context.Context) (peercred.Caller, error) {

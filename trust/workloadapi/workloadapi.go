@@ -35,7 +35,8 @@ type Config struct {
 	Denied func(id spiffeid.ID, issued time.Time) (reason string, denied bool)
 	// RenewEvery is the mean time between renewals (1 h), drawn from ±10 %. Raising it costs margin before NotAfter.
 	RenewEvery time.Duration
-	// FirstWait is how long a caller waits for the first identity (5 s). Raising it delays the reason that callers get.
+	// FirstWait is how long a caller waits for the first SetAccess, and then for the first identity (5 s). Raising it delays the
+	// reason that callers get.
 	FirstWait time.Duration
 	// MaxCalls bounds the calls of one uid at a time (256); each costs about 10 KiB.
 	MaxCalls int

@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/spiffeid"
 	"github.com/strait-mesh/strait/trust/workloadapi"
 )
 
@@ -124,6 +125,40 @@ func TestNobodyByDefault(t *testing.T) {
 	if n := r.refusals("no_selector"); n != 5 {
 		t.Errorf("%d refusals counted", n)
 	}
+}
+
+// TestBeforeConfiguration: nobody is refused before the first configuration, and nobody served.
+func TestBeforeConfiguration(t *testing.T) {
+	ca := newAuthority(t, "us-east.acme.test")
+	source := trust.NewSource(trust.SourceConfig{})
+	r := &rig{t: t, ca: ca, source: source, log: &logbook{}, refused: map[string]int{}}
+	r.id = must2(spiffeid.Workload(ca.td, "shop", "web"))
+	r.trusts(ca)
+	var err error
+	r.server, err = workloadapi.New(workloadapi.Config{Source: source, Issuer: r, FirstWait: 700 * time.Millisecond})
+	must(t, err)
+	r.socket = filepath.Join(t.TempDir(), "s")
+	l, err := workloadapi.Listen(r.socket, nil)
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.server.Run(ctx, l) }()
+	defer func() { cancel(); must(t, <-done) }()
+	for method, err := range calls(secured(t), r.wire()) {
+		wantCode(t, method, err, codes.Unavailable, "no configuration yet")
+	}
+	stream, err := r.wire().FetchX509SVID(secured(t), &workload.X509SVIDRequest{})
+	must(t, err)
+	r.allow(self())
+	_, err = stream.Recv()
+	must(t, err)
+}
+
+func must2[T any](v T, err error) T {
+	if err != nil {
+		panic(err)
+	}
+	return v
 }
 
 // streams opens every stream and waits for its first answer; the functions wait for the next one.
