@@ -75,6 +75,9 @@ func (c *Client) expiryLoop(ctx context.Context) {
 // attempt tries once to obtain an identity in place of the present one: the ordinary way, or by one that has ended, while the control
 // plane still renews it, or by a fresh token. A connection that still stands is the last resort of clocks that differ.
 func (c *Client) attempt(ctx context.Context) error {
+	if c.registerFresh(ctx) {
+		return nil
+	}
 	if !c.expired() {
 		return c.renew(ctx)
 	}

@@ -51,6 +51,9 @@ func (c *Client) loadOrRegister(ctx context.Context) error {
 	case err != nil:
 		return err
 	}
+	if err := c.openFresh(); err != nil {
+		return err
+	}
 	if c.expired() && c.cfg.TokenFile != "" {
 		// The present identity is of no use, a fresh token may be. Without one the snapshot is still worth opening.
 		if err := c.register(ctx); err != nil {

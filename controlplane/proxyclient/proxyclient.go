@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
@@ -116,6 +117,8 @@ type Client struct {
 	identityMu sync.Mutex
 	info       Info
 	obtained   time.Time // when the identity in use was obtained
+
+	lastToken atomic.Pointer[string] // id of the token that was redeemed or refused last
 }
 
 // Open loads identity, bundle and snapshot from the data directory, or registers with the token, and returns a Client
@@ -173,8 +176,12 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.endpoint != nil {
 		renew = c.endpointLoop
 	}
+	fresh := c.freshLoop
+	if c.endpoint != nil {
+		fresh = func(context.Context) {} // no token counts there
+	}
 	for _, f := range []func(context.Context){
-		renew,
+		renew, fresh,
 		func(ctx context.Context) { c.streamLoop(ctx, in) },
 		func(ctx context.Context) { c.applyLoop(ctx, in) },
 		c.snapshotLoop,

@@ -60,7 +60,7 @@ func (c *Client) waitRenewal(ctx context.Context, r *recall) {
 		case <-hurry:
 			return
 		case <-c.ended:
-			if c.expired() {
+			if c.expired() || c.hasFreshToken() {
 				return
 			}
 		case <-c.recall:

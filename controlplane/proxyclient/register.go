@@ -92,6 +92,9 @@ func (c *Client) register(ctx context.Context) error {
 	if err := c.obtain(info, r.Identity); err != nil {
 		return fmt.Errorf("register: %w", err)
 	}
+	if err := c.redeemed(token.ID); err != nil {
+		return err
+	}
 	if err := c.cfg.DataDir.Remove(registeringFile); err != nil {
 		c.log.Warn("leftover of the registration not removed", "err", err)
 	}
