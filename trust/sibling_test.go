@@ -10,6 +10,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	gospiffe "github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
 	"github.com/strait-mesh/strait/trust"
 )
 
@@ -253,5 +257,23 @@ func TestPinWork(t *testing.T) {
 		if ce, _, _, _ := exchange(t, client, server); reason(ce) != want {
 			t.Errorf("%d roots: %v, want %s", n, ce, want)
 		}
+	}
+}
+
+// TestSiblingsInterop: go-spiffe verifies a chain with a sibling under either root, as we do: it searches for a path among all that is sent.
+func TestSiblingsInterop(t *testing.T) {
+	now := time.Now()
+	current := life(now.Add(-time.Hour), now.Add(24*time.Hour))
+	r1, r2 := newRoot(t, "root", current), newRoot(t, "root", current)
+	i2 := r2.issuer("issuer", current, pathLen(0))
+	id := i2.identity(web, now.Add(time.Hour), r1.again(i2, current, pathLen(0)))
+	td := gospiffe.RequireTrustDomainFromString("a.mesh")
+	for name, root := range map[string]*authority{"old": r1, "new": r2} {
+		if got, _, err := x509svid.Verify(id.Chain, x509bundle.FromX509Authorities(td, []*x509.Certificate{root.cert})); err != nil || got.String() != web {
+			t.Errorf("under the %s root: %v, %v", name, got, err)
+		}
+	}
+	if _, _, err := x509svid.Verify(id.Chain, x509bundle.FromX509Authorities(td, []*x509.Certificate{newRoot(t, "root", current).cert})); err == nil {
+		t.Error("under a root of the same name")
 	}
 }
