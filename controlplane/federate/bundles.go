@@ -142,9 +142,9 @@ func (m *Manager) trustEntriesLocked(p *peer, entries map[string][]byte) {
 	}
 }
 
-// takeBundleLocked takes the bundle that td's stored catalog carries, if it is a newer one than is held. The catalog was verified with
-// the one that is held. It looks at what is stored, not at what came: between storing a catalog and writing a record a process may
-// be killed.
+// takeBundleLocked takes the bundle that td's stored catalog carries, if it is a newer one than is held. It looks at what is stored, not
+// at what came: between storing a catalog and writing a record a process may be killed. So the head is verified once more, with the
+// bundle that is held, as of its own time: what is stored may be of a cluster that had the trust domain before.
 func (m *Manager) takeBundleLocked(td spiffeid.TrustDomain) {
 	p, v := m.peers[td], m.store.View(td)
 	if p == nil || p.bundle == nil || v == nil || v.Bundle == nil {
@@ -167,6 +167,11 @@ func (m *Manager) takeBundleLocked(td spiffeid.TrustDomain) {
 			m.alarmLocked(kind, p.rec.Cluster, text+"; the one that is held stays")
 			p.bundleErr = text
 		}
+		return
+	}
+	held, _ := trust.NewBundles(p.bundle)
+	if _, err := catalog.VerifyHead(m.store.Signed(td), held, td, m.cfg.TrustDomain, v.Head.IssuedAt); err != nil {
+		m.log.Warn("the trust bundle of a stored catalog is not taken", "peer", td.String(), "error", err)
 		return
 	}
 	was := p.bundle.Sequence()

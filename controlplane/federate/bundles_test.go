@@ -5,6 +5,8 @@ package federate_test
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"strings"
@@ -263,6 +265,35 @@ func TestBundleSurvivesAKill(t *testing.T) {
 	must(t, err)
 	if bytes.Equal(now, record) {
 		t.Error("the record was not written again")
+	}
+}
+
+// TestStoredCatalogOfAnEarlierCluster: a cluster is made anew under the same trust domain, and introduced; what is stored of the earlier
+// one, with its higher numbers, does not bring the old root back at the next start.
+func TestStoredCatalogOfAnEarlierCluster(t *testing.T) {
+	w := newWorld(t, "us-east", "eu-west")
+	us, eu := w.clusters["us-east"], w.clusters["eu-west"]
+	root := us.rotates()
+	w.start()
+	root.prepare()
+	admit(t, us, eu)
+	eu.waitBundle(us, root.Bundle())
+	eu.kill()
+	us.kill()
+	fresh := newRotor(t, us.td)
+	file := "peers/" + us.td.String() + ".json"
+	data, err := eu.dir.ReadState(file)
+	must(t, err)
+	var record map[string]any
+	must(t, json.Unmarshal(data, &record))
+	hash := fresh.Bundle().Hash()
+	record["bundle"], record["bundleHash"], record["bundleSource"] = json.RawMessage(fresh.Bundle().Marshal()), hex.EncodeToString(hash[:]), "join"
+	data, err = json.Marshal(record)
+	must(t, err)
+	must(t, eu.dir.WriteState(file, data))
+	eu.start()
+	if p := eu.m.View().Peer(us.td); !p.Bundle.Equal(fresh.Bundle()) {
+		t.Errorf("the earlier cluster's bundle %d is back", p.Bundle.Sequence())
 	}
 }
 
