@@ -277,3 +277,28 @@ func TestSiblingsInterop(t *testing.T) {
 		t.Error("under a root of the same name")
 	}
 }
+
+// TestSignatureBudget: class T10. Certificates that borrow the name and the key identifier of a root cost a signature check each, and no
+// chain gets more than four: what is genuine behind three decoys is found, and behind four is not.
+func TestSignatureBudget(t *testing.T) {
+	real := newRoot(t, "root")
+	issuer := real.issuer("issuer")
+	leaf := issuer.leaf(web)
+	for decoys, want := range map[int]string{0: "", 3: "", 4: "untrusted", 5: "untrusted"} {
+		chain := []*x509.Certificate{leaf}
+		for range decoys {
+			fake := newRoot(t, "root", func(c *x509.Certificate) { c.SubjectKeyId = real.cert.SubjectKeyId })
+			chain = append(chain, fake.again(issuer).cert)
+		}
+		bundles := roots(t, "a.mesh", real) // a bundle remembers issuers: each time a new one
+		if _, err := trust.Verify(append(chain, issuer.cert), bundles, t0); reason(err) != want {
+			t.Errorf("behind %d decoys: %v, want %q", decoys, err, want)
+		}
+		if _, err := trust.Verify([]*x509.Certificate{leaf, issuer.cert}, bundles, t0); err != nil {
+			t.Errorf("without decoys: %v", err)
+		}
+		if _, err := trust.Verify(append(chain, issuer.cert), bundles, t0); decoys < 4 && err != nil {
+			t.Errorf("behind %d decoys, once it is known: %v", decoys, err)
+		}
+	}
+}
