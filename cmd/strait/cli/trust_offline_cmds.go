@@ -21,26 +21,52 @@ import (
 
 // offlineTrustCmds are the commands for a root whose key is not where the control plane runs.
 func offlineTrustCmds(e *env) []*cobra.Command {
-	root := &cobra.Command{Use: "root", Short: "Keep the root's key offline, and sign with it there",
-		Long: `The root signs issuers, one a year; identities are signed by the issuer. Its key can be kept off the machine: export it, and sign the
-issuer's requests where it is.`,
-		Example: "  strait trust root export root.key.pem\n  strait trust root sign --root root.key.pem issuer.csr > issuer.pem"}
-	root.AddCommand(newRootExportCmd(e), newRootImportCmd(e), newRootSignCmd(e), newRootNewCmd(e))
-	issuer := &cobra.Command{Use: "issuer", Short: "Replace the issuer when the root's key is offline",
-		Long: `Where the root's key is offline, the control plane cannot replace its issuer before that ends, nor activate a new root: it makes a request,
-strait trust root sign answers it where the key is, and the answer is imported.`,
-		Example: "  strait trust issuer request > issuer.csr\n  strait trust issuer import issuer.pem"}
-	issuer.AddCommand(newIssuerRequestCmd(e), newIssuerImportCmd(e))
-	return []*cobra.Command{root, issuer}
+	return []*cobra.Command{newRootCmd(e), newIssuerCmd(e)}
 }
 
-func newRootExportCmd(e *env) *cobra.Command {
-	return &cobra.Command{Use: "export FILE", Short: "Move the root's key out of the data directory into a file", Args: cobra.ExactArgs(1),
-		Long: `Write the root, certificate and key, to FILE (0600; - is standard output), and then remove the key from the data directory. The control plane must be
-stopped. It runs without the key until its issuer ends: strait check asks for the next one 90 days before. While a rotation is under
-way both roots are written, as far as their keys are here. What a disk or a snapshot of it still remembers of the key is not erased.`,
-		Example: "  strait trust root export /media/vault/us-east.root.pem\n  strait trust root export - | gpg --encrypt -r ops@acme.example > root.pem.gpg",
-		RunE:    func(_ *cobra.Command, args []string) error { return rootExportRun(e, args[0]) }}
+type rootOptions struct{ root, trustDomain string }
+
+func newRootCmd(e *env) *cobra.Command {
+	var o rootOptions
+	c := &cobra.Command{Use: "root export|import|sign|new FILE", Short: "Keep the root's key offline, and sign with it there",
+		Args: cobra.ExactArgs(2), ValidArgs: []string{"export", "import", "sign", "new"},
+		Long: `The root signs issuers, one a year; identities are signed by the issuer. The root's key can be kept off the machine. FILE - is standard input or output.
+
+export moves it: certificate and key go to FILE (0600), and the key is then removed from the data directory. The control plane must be stopped. It runs
+without the key until its issuer ends; strait check asks for the next one 90 days before. While a rotation is under way both roots are written, as far
+as their keys are here. What a disk, or a snapshot of it, still remembers of the key is not erased.
+import puts it back. The control plane must be stopped.
+sign answers the request FILE of strait trust issuer request with the root in --root, and prints the issuer's certificate. It needs no control plane and no
+network. Of the request only the key is taken: the issuer may sign identities of the root's trust domain, and nothing else, for a year. A --root file
+with several roots gives a certificate by each: that is what a rotation needs.
+new makes a root whose key is offline from the start, for a rotation: certificate and key go to FILE, the certificate alone to standard output.`,
+		Example: "  strait trust root export /media/vault/us-east.root.pem\n  strait trust root export - | gpg --encrypt -r ops@acme.example > root.pem.gpg\n" +
+			"  gpg --decrypt root.pem.gpg | strait trust root import -\n  strait trust root sign --root us-east.root.pem issuer.csr > issuer.pem\n" +
+			"  strait trust root new --trust-domain us-east.acme root-2.pem > root-2.cert.pem",
+		RunE: func(_ *cobra.Command, args []string) error { return rootRun(e, o, args[0], args[1]) }}
+	c.Flags().StringVar(&o.root, "root", "", "for sign: the root, a file that export or new has written")
+	c.Flags().StringVar(&o.trustDomain, "trust-domain", "", "for new: trust domain of the cluster; strait trust status shows it")
+	return c
+}
+
+func rootRun(e *env, o rootOptions, action, file string) error {
+	switch {
+	case o.root != "" && action != "sign":
+		return problem.New(problem.Usage, "--root is for sign")
+	case o.trustDomain != "" && action != "new":
+		return problem.New(problem.Usage, "--trust-domain is for new")
+	}
+	switch action {
+	case "export":
+		return rootExportRun(e, file)
+	case "import":
+		return rootImportRun(e, file)
+	case "sign":
+		return rootSignRun(e, o.root, file)
+	case "new":
+		return rootNewRun(e, o.trustDomain, file)
+	}
+	return problem.New(problem.Usage, "%q is nothing that can be done with a root", action).WithFix("strait trust root export|import|sign|new FILE")
 }
 
 // lockedDir opens the data directory for a command that must be alone in it.
@@ -93,28 +119,22 @@ func rootExportRun(e *env, name string) error {
 	return nil
 }
 
-func newRootImportCmd(e *env) *cobra.Command {
-	return &cobra.Command{Use: "import FILE", Short: "Put the root's key back into the data directory", Args: cobra.ExactArgs(1),
-		Long: `Put back what strait trust root export took out (- is standard input). The control plane must be stopped; afterwards it replaces its issuer by itself
-again. The file stays where it is.`,
-		Example: "  strait trust root import /media/vault/us-east.root.pem\n  gpg --decrypt root.pem.gpg | strait trust root import -",
-		RunE: func(_ *cobra.Command, args []string) error {
-			dir, err := e.lockedDir()
-			if err != nil {
-				return err
-			}
-			defer dir.Close()
-			r, done, err := e.openKey(args[0])
-			if err != nil {
-				return err
-			}
-			defer done()
-			if err := ca.ImportRoot(dir, r); err != nil {
-				return err
-			}
-			e.progress("the root's key is in %s again", dir.Path())
-			return nil
-		}}
+func rootImportRun(e *env, name string) error {
+	dir, err := e.lockedDir()
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	r, done, err := e.openKey(name)
+	if err != nil {
+		return err
+	}
+	defer done()
+	if err := ca.ImportRoot(dir, r); err != nil {
+		return err
+	}
+	e.progress("the root's key is in %s again", dir.Path())
+	return nil
 }
 
 // openKey opens a file with a key, or standard input.
@@ -146,26 +166,16 @@ func (e *env) readInput(name string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(r, 2<<20))
 }
 
-func newRootSignCmd(e *env) *cobra.Command {
-	var root string
-	c := &cobra.Command{Use: "sign --root FILE REQUEST", Short: "Sign an issuer's request with a root's key, offline", Args: cobra.ExactArgs(1),
-		Long: `Sign the request that strait trust issuer request has written, with the root in FILE (certificate and key), and print the issuer's certificate for
-strait trust issuer import. It needs no control plane and no network. Of the request only the key is taken: the issuer may sign identities of the root's
-trust domain and nothing else, for a year. A FILE with several roots gives a certificate by each: that is what a rotation needs.`,
-		Example: "  strait trust root sign --root us-east.root.pem issuer.csr > issuer.pem\n  ssh us-east strait trust issuer request | strait trust root sign --root us-east.root.pem - | ssh us-east strait trust issuer import -",
-		RunE: func(_ *cobra.Command, args []string) error {
-			if root == "" {
-				return problem.New(problem.Usage, "--root is missing").WithFix("strait trust root sign --root FILE REQUEST")
-			}
-			chain, err := rootSign(e, root, args[0])
-			if err != nil {
-				return err
-			}
-			_, err = e.out.Write(chain)
-			return err
-		}}
-	c.Flags().StringVar(&root, "root", "", "the root: a file that strait trust root export or strait trust root new has written")
-	return c
+func rootSignRun(e *env, root, request string) error {
+	if root == "" {
+		return problem.New(problem.Usage, "--root is missing").WithFix("strait trust root sign --root FILE REQUEST")
+	}
+	chain, err := rootSign(e, root, request)
+	if err != nil {
+		return err
+	}
+	_, err = e.out.Write(chain)
+	return err
 }
 
 func rootSign(e *env, root, request string) ([]byte, error) {
@@ -189,17 +199,6 @@ func rootSign(e *env, root, request string) ([]byte, error) {
 	return ca.SignIssuerRequest(rootPEM, csr, td, e.now())
 }
 
-func newRootNewCmd(e *env) *cobra.Command {
-	var td string
-	c := &cobra.Command{Use: "new --trust-domain TD FILE", Short: "Make a root whose key is kept offline from the start", Args: cobra.ExactArgs(1),
-		Long: `Make a root for a rotation, where its key is to be kept: certificate and key go to FILE (0600), the certificate alone to standard output, for
-strait trust rotate prepare --root. It needs no control plane and no network.`,
-		Example: "  strait trust root new --trust-domain us-east.acme us-east.root-2.pem > root-2.cert.pem\n  strait trust rotate prepare --root-cert root-2.cert.pem",
-		RunE:    func(_ *cobra.Command, args []string) error { return rootNewRun(e, td, args[0]) }}
-	c.Flags().StringVar(&td, "trust-domain", "", "trust domain of the cluster; strait trust status shows it")
-	return c
-}
-
 func rootNewRun(e *env, trustDomain, name string) error {
 	td, err := spiffeid.ParseTrustDomain(trustDomain)
 	if err != nil {
@@ -221,32 +220,39 @@ func rootNewRun(e *env, trustDomain, name string) error {
 	return err
 }
 
-func newIssuerRequestCmd(e *env) *cobra.Command {
-	return &cobra.Command{Use: "request", Short: "Print a request for the next issuer", Args: cobra.NoArgs,
-		Long: `Print a certificate request for the cluster's next issuer. Its key stays in the control plane's data directory. Until the certificate is imported,
-asking again gives a request of the same key.`,
-		Example: "  strait trust issuer request > issuer.csr\n  strait --context us-east trust issuer request > us-east.csr",
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			op, done, err := e.operator()
-			if err != nil {
-				return err
+func newIssuerCmd(e *env) *cobra.Command {
+	return &cobra.Command{Use: "issuer request|import [FILE]", Short: "Replace the issuer when the root's key is offline",
+		Args: cobra.RangeArgs(1, 2), ValidArgs: []string{"request", "import"},
+		Long: `Where the root's key is offline, the control plane can neither replace its issuer before that ends, nor activate a new root.
+
+request prints a certificate request for the next issuer. Its key stays in the data directory of the control plane; until the certificate is imported, asking
+again gives a request of the same key. strait trust root sign answers it, where the root's key is.
+import takes the answer from FILE (- is standard input). The issuer is used at once; while a rotation is prepared it is kept for strait trust rotate
+activate, and a certificate by each root whose key is offline must be in the file.`,
+		Example: "  strait trust issuer request > issuer.csr\n  strait trust issuer import issuer.pem\n  cat by-old-root.pem by-new-root.pem | strait trust issuer import -",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			switch {
+			case args[0] == "request" && len(args) == 1:
+				return issuerRequestRun(cmd.Context(), e)
+			case args[0] == "import" && len(args) == 2:
+				return issuerImportRun(cmd.Context(), e, args[1])
 			}
-			defer done()
-			r, err := op.IssuerRequest(cmd.Context(), &controlpb.IssuerRequestRequest{})
-			if err != nil {
-				return e.callError(err)
-			}
-			_, err = e.out.Write(r.CsrPem)
-			return err
+			return problem.New(problem.Usage, "want request, or import FILE").WithFix("strait trust issuer request > issuer.csr").WithFix("strait trust issuer import FILE")
 		}}
 }
 
-func newIssuerImportCmd(e *env) *cobra.Command {
-	return &cobra.Command{Use: "import FILE", Short: "Take the certificate of a requested issuer", Args: cobra.ExactArgs(1),
-		Long: `Import what strait trust root sign has made of the request (- is standard input). The issuer is used at once; while a rotation is prepared it is kept for
-strait trust rotate activate, and a certificate by each root whose key is offline must be in the file.`,
-		Example: "  strait trust issuer import issuer.pem\n  cat by-old-root.pem by-new-root.pem | strait trust issuer import -",
-		RunE:    func(cmd *cobra.Command, args []string) error { return issuerImportRun(cmd.Context(), e, args[0]) }}
+func issuerRequestRun(ctx context.Context, e *env) error {
+	op, done, err := e.operator()
+	if err != nil {
+		return err
+	}
+	defer done()
+	r, err := op.IssuerRequest(ctx, &controlpb.IssuerRequestRequest{})
+	if err != nil {
+		return e.callError(err)
+	}
+	_, err = e.out.Write(r.CsrPem)
+	return err
 }
 
 func issuerImportRun(ctx context.Context, e *env, name string) error {
