@@ -33,7 +33,10 @@ func (c *ControlPlane) acked(td spiffeid.TrustDomain) (sequence uint64, ok bool)
 		}
 		live += subscribed
 	}
-	return sequence, live > 0 && sequence > 0
+	if live == 0 || sequence == 0 {
+		return 0, false
+	}
+	return sequence, true
 }
 
 // ownDenials are this cluster's withdrawn identities, as members are told of them.
