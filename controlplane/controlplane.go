@@ -258,7 +258,7 @@ func (c *ControlPlane) Run(ctx context.Context) (err error) {
 	for name, run := range map[string]func(context.Context) error{
 		"sessions": c.sessions.Run, "federate": c.federate.Run, "withdrawal": c.registry.Run,
 		"compile": c.compileLoop, "identity": c.renewLoop, "peers": c.samenessLoop, "status": c.statusLoop, "denied": c.denyLoop,
-		"bundles":  c.bundlesLoop,
+		"bundles": c.bundlesLoop, "expiry": c.expiryLoop,
 		"external": c.externalLoop, "rotation": c.rotationLoop, "renewed": c.rotation.Run,
 	} {
 		wg.Go(func() {

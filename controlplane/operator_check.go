@@ -13,7 +13,6 @@ import (
 	"github.com/strait-mesh/strait/controlplane/federate"
 	"github.com/strait-mesh/strait/federation"
 	"github.com/strait-mesh/strait/internal/problem"
-	"github.com/strait-mesh/strait/trust/ca"
 )
 
 // Check implements controlpb.OperatorServer.
@@ -113,63 +112,6 @@ func (c *ControlPlane) checkTunnels(k *checks, view *federate.View) {
 		t := up[0]
 		k.add("tunnels", "ok", "%-22s %s, rtt %dms, loss %.1f%%, %s", pair, t.Transport, int(t.RttSeconds*1000+0.5), t.LossRatio*100, count(len(up), "tunnel"))
 	}
-}
-
-func (c *ControlPlane) certificates() []*controlpb.Certificate {
-	td := c.self.trustDomain.String()
-	list := []*controlpb.Certificate{
-		{Kind: "root", TrustDomain: td, Subject: "root of " + c.facts.Cluster, NotAfterUnix: c.issuer.Bundle().NotAfter().Unix()},
-		{Kind: "issuer", TrustDomain: td, Subject: "issuer of " + c.facts.Cluster, NotAfterUnix: c.issuer.IssuerNotAfter().Unix()},
-		{Kind: "leaf", TrustDomain: td, Subject: "control plane", NotAfterUnix: c.source.Identity().NotAfter.Unix()},
-	}
-	for _, p := range c.federate.View().Peers {
-		if p.Bundle != nil {
-			list = append(list, &controlpb.Certificate{Kind: "bundle", TrustDomain: p.TrustDomain.String(), Subject: "root of " + p.Cluster.String(), NotAfterUnix: p.Bundle.NotAfter().Unix()})
-		}
-	}
-	return list
-}
-
-func (c *ControlPlane) checkTrust(k *checks, view *federate.View, horizon time.Duration) {
-	now := c.now()
-	for _, cert := range c.certificates() {
-		end := time.Unix(cert.NotAfterUnix, 0)
-		left := end.Sub(now)
-		limit, code := horizon, problem.RootExpiring
-		if own := cert.TrustDomain == c.facts.TrustDomain; own && c.elsewhere != nil { // renewed by others, who issue for shorter
-			limit = c.leafMargin()
-		}
-		if cert.Kind == "leaf" {
-			limit, code = c.leafMargin(), problem.CertificateExpiring
-		}
-		text := fmt.Sprintf("%s expires %s", cert.Subject, end.UTC().Format("2006-01-02"))
-		switch {
-		case left <= 0:
-			k.bad("trust", "fail", code, "nothing that it signed verifies any more", "renew it", "%s has expired", cert.Subject)
-		case left < limit:
-			k.bad("trust", "warn", code, fmt.Sprintf("that is inside the horizon of %s", shortTime(limit)), "renew it before that",
-				"%s expires in %s (horizon %s)", cert.Subject, shortTime(left), shortTime(limit))
-		default:
-			k.add("trust", "ok", "%s", text)
-		}
-	}
-	for _, p := range view.Peers {
-		if skew := p.ClockSkew; skew > 10*time.Second || skew < -10*time.Second {
-			k.bad("trust", "warn", problem.ClockSkew, "certificates are judged by the clock", "enable NTP on both sides", "the clock of %s differs by %s", p.Cluster, skew.Round(time.Second))
-		}
-	}
-}
-
-// leafMargin is how little of its lifetime an identity may have left before three renewals were missed.
-func (c *ControlPlane) leafMargin() time.Duration {
-	if c.elsewhere != nil {
-		return c.elsewhere.lifetime() / 4
-	}
-	ttl := c.cfg.SVIDTTL
-	if ttl <= 0 {
-		ttl = ca.DefaultTTL
-	}
-	return max(ttl-3*c.renewEvery(), 0)
 }
 
 // count is "1 tunnel" or "2 tunnels".

@@ -80,8 +80,7 @@ func (c *ControlPlane) renewEvery() time.Duration {
 
 // renewLoop renews the own identities.
 func (c *ControlPlane) renewLoop(ctx context.Context) error {
-	expiry := c.metrics.Gauge("strait_certificate_not_after_seconds", "End of a certificate, Unix time.", "kind", "trust_domain")
-	td := c.self.trustDomain.String()
+	renewals := c.metrics.Counter("strait_certificate_renewals_total", "Attempts to renew the own identities.", "result")
 	t := time.NewTimer(0)
 	defer t.Stop()
 	for first := true; ; first = false {
@@ -94,14 +93,12 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 		if !first {
 			if err := c.renewOwn(); err != nil {
 				c.log.Error("own identity not renewed", "err", err)
+				renewals.With("failure").Inc()
 				wait = time.Minute
+			} else {
+				renewals.With("success").Inc()
 			}
 		}
-		expiry.With("leaf", td).Set(float64(c.source.Identity().NotAfter.Unix()))
-		if end := c.issuer.IssuerNotAfter(); !end.IsZero() {
-			expiry.With("issuer", td).Set(float64(end.Unix()))
-		}
-		expiry.With("root", td).Set(float64(c.issuer.Bundle().NotAfter().Unix()))
 		if c.elsewhere != nil {
 			wait = min(wait, 10*time.Second) // the Workload API renews when it likes
 		}

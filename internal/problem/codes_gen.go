@@ -61,6 +61,7 @@ const (
 	TrustRefused          Code = "STR-5201" // identity refused
 	CertNotYetValid       Code = "STR-5203" // peer certificate not yet valid
 	IdentityExpired       Code = "STR-5204" // the own identity has expired
+	BundleNotFollowed     Code = "STR-5205" // the bundle of a foreign trust domain is not refreshed
 	NothingPresented      Code = "STR-5206" // no certificate to inspect
 	RegistrationRefused   Code = "STR-5301" // registration refused
 	AccessDenied          Code = "STR-5302" // operator access denied
