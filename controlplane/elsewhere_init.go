@@ -3,11 +3,6 @@
 package controlplane
 
 import (
-	"errors"
-	"io/fs"
-	"os"
-	"path/filepath"
-
 	"github.com/strait-mesh/strait/internal/datadir"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust/ca"
@@ -15,16 +10,31 @@ import (
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
+// initialized says whether a data directory holds a cluster of either kind.
+func initialized(path string) bool {
+	if ca.Exists(path) {
+		return true
+	}
+	dir, err := datadir.Open(path, datadir.Options{})
+	if err != nil {
+		return false
+	}
+	defer dir.Close()
+	f, err := ReadFacts(dir)
+	return err == nil && f.Identities == FromWorkloadAPI
+}
+
 // initElsewhere makes the data directory of a cluster whose identities come from a Workload API: strait.yaml and the CA of the
 // configuration API, no key that signs a SPIFFE ID, and no token.
 func initElsewhere(cfg InitConfig, facts Facts, p parsed) (*InitResult, error) {
 	if _, _, err := endpoint.ParseAddress(cfg.WorkloadAPI); err != nil {
 		return nil, problem.New(problem.Usage, "--spiffe-endpoint-socket: %v", err).WithState("nothing was written.")
 	}
-	for _, have := range []string{"ca/root.pem", configFile} {
-		if _, err := os.Stat(filepath.Join(cfg.DataDir, have)); !errors.Is(err, fs.ErrNotExist) {
-			return nil, problem.New(problem.AlreadyInitialized, "%s holds a cluster", cfg.DataDir).WithState("nothing was written.")
-		}
+	if initialized(cfg.DataDir) {
+		return nil, problem.New(problem.AlreadyInitialized, "%s holds a cluster", cfg.DataDir).WithState("nothing was written.")
+	}
+	if cfg.ExternalCA != "" {
+		return nil, problem.New(problem.Usage, "an external CA and a Workload API: identities come from one of them").WithState("nothing was written.")
 	}
 	dir, err := datadir.Create(cfg.DataDir)
 	if err != nil {

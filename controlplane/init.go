@@ -129,7 +129,7 @@ func Init(cfg InitConfig) (*InitResult, error) {
 	if cfg.WorkloadAPI != "" {
 		return initElsewhere(cfg, facts, p)
 	}
-	if ca.Exists(cfg.DataDir) {
+	if initialized(cfg.DataDir) {
 		return nil, problem.New(problem.AlreadyInitialized, "%s holds the keys of a cluster", cfg.DataDir).WithState("nothing was written.")
 	}
 	config := map[string]any{}

@@ -120,7 +120,7 @@ func trusted(t testing.TB, c *harness.Cluster) (own uint64, roots map[string]int
 }
 
 // TestForeignWorkloadAPI: one cluster takes all identities from a Workload API that is not ours, the other has Strait's CA. They join,
-// export and call each other; while they do, the foreign leaves rotate every few seconds and the foreign root is rotated twice.
+// export and call each other; while they do, the foreign leaves rotate every few seconds and the foreign root is rotated three times.
 func TestForeignWorkloadAPI(t *testing.T) {
 	f := harness.New(t, harness.Options{Clusters: []string{"us-east", "eu-west"}, CatalogTTL: 9 * time.Second})
 	us := newForeign(t, f, "us-east", "elsewhere.example", 20*time.Second)
@@ -182,7 +182,7 @@ func TestForeignWorkloadAPI(t *testing.T) {
 			return nil
 		}
 	}
-	for range 2 {
+	for range 3 {
 		step("a second root is known everywhere", us.authority.Prepare, holds(2))
 		before := us.authority.Issued()
 		step("issued by it", us.authority.Activate, func() error {
