@@ -13,7 +13,8 @@
 //
 // Invariants: a peer's bundle is in View.Bundles only while the peer is joining (approved) or ready; what is told to the other
 // side was on disk before; nothing about a peer is believed because another peer said so, except that it may be dialled, after
-// approval, under the pin of the introduction.
+// approval, under the pin of the introduction. A peer's bundle changes only by what the peer signed under the one that is held, never
+// back; a peer is known by what it proves under that bundle, and withdraws identities of its own trust domain alone.
 //
 // All exported methods may be called concurrently. Run does the background work and must run for links to be served.
 package federate

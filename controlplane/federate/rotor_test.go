@@ -24,7 +24,7 @@ type authority interface {
 	IssueKey(id spiffeid.ID, ttl time.Duration) (*trust.Identity, error)
 }
 
-// rotor is an authority whose root rotates at the test's word, in the phases of ARCHITECTURE.
+// rotor is an authority whose root rotates at the test's word, in the phases of trust/ca/DESIGN.md.
 type rotor struct {
 	t  *testing.T
 	td spiffeid.TrustDomain
