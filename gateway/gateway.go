@@ -200,6 +200,7 @@ func (g *Gateway) start(ctx context.Context, errs chan<- error) {
 	run("tunnels", g.tun.Run)
 	run("gossip", g.gossip.Run)
 	run("withdrawal", g.registry.Run)
+	run("trust", g.followTrust)
 	run("local listener", g.acceptLocal)
 	run("link", g.link.run)
 	run("hints", g.followHints)
@@ -207,6 +208,19 @@ func (g *Gateway) start(ctx context.Context, errs chan<- error) {
 	run("figures", g.observe)
 	if g.web != nil {
 		run("metrics", g.web.run)
+	}
+}
+
+// followTrust has the tunnels judged whenever identity or bundles change.
+func (g *Gateway) followTrust(ctx context.Context) error {
+	for {
+		changed := g.cfg.Client.Source().Changed()
+		g.tun.Judge()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
 	}
 }
 

@@ -5,6 +5,7 @@ package sidecar
 import (
 	"context"
 	"crypto/x509"
+	"errors"
 	"sync"
 	"time"
 
@@ -26,6 +27,7 @@ type ledger struct {
 type ledgerEntry struct {
 	chain []*x509.Certificate
 	end   func(reason string)
+	until time.Time // its root has left the bundle: when it ends; of judgeChains alone
 }
 
 func newLedger(source *trust.Source, now func() time.Time) *ledger {
@@ -50,8 +52,9 @@ func (l *ledger) enter(s withdrawal.Subject, peer *trust.Peer, end func(reason s
 	}
 }
 
-// judgeChains verifies every chain against the present bundles and ends what fails.
-func (l *ledger) judgeChains() int {
+// judgeChains verifies every chain against the present bundles and ends what fails. Where only the root has left the bundle, the end
+// comes after trust.RootGrace: next is how long it is until then, 0 when nothing waits for its end.
+func (l *ledger) judgeChains() (ended int, next time.Duration) {
 	bundles, now := l.source.Bundles(), l.now()
 	l.mu.Lock()
 	all := make([]*ledgerEntry, 0, len(l.live))
@@ -59,24 +62,53 @@ func (l *ledger) judgeChains() int {
 		all = append(all, e)
 	}
 	l.mu.Unlock()
-	verdicts := map[string]bool{} // pooled connections share few leaves
-	ended := 0
+	verdicts := map[string]verdict{} // pooled connections share few leaves
 	for _, e := range all {
 		if len(e.chain) == 0 {
 			continue
 		}
-		ok, judged := verdicts[string(e.chain[0].Raw)]
+		v, judged := verdicts[string(e.chain[0].Raw)]
 		if !judged {
-			_, err := trust.Verify(e.chain, bundles, now)
-			ok = err == nil
-			verdicts[string(e.chain[0].Raw)] = ok
+			v = judgeChain(e.chain, bundles, now)
+			verdicts[string(e.chain[0].Raw)] = v
 		}
-		if !ok {
-			e.end("trust in its domain has changed")
-			ended++
+		switch {
+		case v == holds:
+			e.until = time.Time{}
+			continue
+		case v == lostRoot && e.until.IsZero():
+			e.until = now.Add(trust.RootGrace)
 		}
+		if left := e.until.Sub(now); v == lostRoot && left > 0 {
+			if next == 0 || left < next {
+				next = left
+			}
+			continue
+		}
+		e.end("trust in its domain has changed")
+		ended++
 	}
-	return ended
+	return ended, next
+}
+
+type verdict int
+
+const (
+	holds verdict = iota
+	lostRoot
+	refused
+)
+
+func judgeChain(chain []*x509.Certificate, bundles *trust.Bundles, now time.Time) verdict {
+	_, err := trust.Verify(chain, bundles, now)
+	if err == nil {
+		return holds
+	}
+	var v *trust.VerifyError
+	if errors.As(err, &v) && bundles.LostRoot(v.ID.TrustDomain(), err) {
+		return lostRoot
+	}
+	return refused
 }
 
 func (l *ledger) run(ctx context.Context) error { return l.registry.Run(ctx) }

@@ -301,18 +301,28 @@ func (s *Sidecar) housekeep(ctx context.Context) {
 	}
 }
 
-// followTrust judges again whenever identity or bundles change.
+// followTrust judges again whenever identity or bundles change, and when the grace of what lost its root has passed.
 func (s *Sidecar) followTrust(ctx context.Context) {
+	var before *trust.Bundles
 	for {
 		changed := s.source.Changed()
-		if n := s.ledger.judgeChains(); n > 0 {
+		now := s.source.Bundles()
+		s.replaceRootless(before, now)
+		before = now
+		n, next := s.ledger.judgeChains()
+		if n > 0 {
 			s.log.Info("connections ended with the trust in them", "connections", n)
 		}
 		wake(s.judgeWake)
+		var due <-chan time.Time
+		if next > 0 {
+			due = time.After(next)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-changed:
+		case <-due:
 		}
 	}
 }

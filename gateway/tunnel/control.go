@@ -85,6 +85,7 @@ func (s *Session) readNotices(st Stream) {
 			}
 		case noticeRetire:
 			if s.retiring.CompareAndSwap(0, time.Now().UnixNano()) {
+				s.leaveRootless()
 				s.e.changed()
 			}
 		case noticeNarrow:

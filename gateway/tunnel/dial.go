@@ -26,7 +26,8 @@ const (
 	returnToQUIC  = 60 * time.Second
 	maxReturn     = 10 * time.Minute
 	replaceJitter = 10 * time.Minute
-	rescueEvery   = 10 * time.Second // at most, dialling beside a session that is suspect
+	rootlessRetry = 200 * time.Millisecond // until it ends there is time for a few attempts
+	rescueEvery   = 10 * time.Second       // at most, dialling beside a session that is suspect
 )
 
 // dialer keeps one session to one gateway of a peer.
@@ -169,8 +170,8 @@ func (d *dialer) session() *Session {
 }
 
 // tend waits until something about the session changes. A session of ours is replaced when it runs on TCP and QUIC passes
-// again, when half of the remaining life of its certificates has passed, and when it is suspect: then the new one may be up
-// before the old one is down.
+// again, when half of the remaining life of its certificates has passed, when one of them has lost its root, and when it is suspect:
+// then the new one may be up before the old one is down.
 func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) {
 	if !s.dialled {
 		select {
@@ -187,6 +188,12 @@ func (d *dialer) tend(ctx context.Context, s *Session, changed <-chan struct{}) 
 	t := time.NewTimer(max(wait, backoffMax))
 	defer t.Stop()
 	for {
+		if s.rootless.Load() {
+			if !d.replace(ctx, s, d.e.race) {
+				d.sleep(ctx, jitter(rootlessRetry), nil)
+			}
+			return
+		}
 		if s.narrowed.Load() {
 			if d.replace(ctx, s, d.e.race) {
 				s.fail(errNarrow) // what is stuck on it would never end

@@ -294,21 +294,61 @@ func (e *Endpoint) SetPeers(peers []Peer) {
 }
 
 // Judge looks at every session again, after something has changed that Source.Verify answers from: sessions with a trust domain
-// that is no peer, and those whose far gateway does not verify any more, end at once. Those that are being made are looked at when
-// they are complete.
+// that is no peer, and those whose far gateway does not verify any more, end at once; those that have only lost their root are
+// replaced and end after trust.RootGrace. Those that are being made are looked at when they are complete.
 func (e *Endpoint) Judge() {
-	var gone []*Session
+	var gone, rootless []*Session
 	e.mu.Lock()
 	for s := range e.sessions {
-		if e.judgeLocked(s) != nil {
+		err := e.judgeLocked(s)
+		switch lost := e.cfg.Source.Bundles().LostRoot(s.Peer(), err); {
+		case err != nil && !lost:
 			gone = append(gone, s)
+		case lost && !s.ending.Swap(true):
+			if !e.goLocked(func() { e.endRootless(s) }) {
+				gone = append(gone, s)
+			}
+			rootless = append(rootless, s)
+		case lost || e.lostOwnRoot(s):
+			rootless = append(rootless, s)
 		}
 	}
 	e.mu.Unlock()
 	for _, s := range gone {
 		s.fail(ErrWithdrawn)
 	}
+	for _, s := range rootless {
+		s.rootless.Store(true)
+		s.leaveRootless()
+	}
 	e.changed()
+}
+
+// lostOwnRoot says whether what we have proved in a session is not verified by our bundle any more: the far end will not, either.
+func (e *Endpoint) lostOwnRoot(s *Session) bool {
+	if s.own == nil {
+		return false
+	}
+	_, err := e.cfg.Source.Verify(s.own.Chain)
+	return e.cfg.Source.Bundles().LostRoot(s.own.ID.TrustDomain(), err)
+}
+
+// endRootless ends a session once its grace has passed, unless its root is back.
+func (e *Endpoint) endRootless(s *Session) {
+	t := time.NewTimer(trust.RootGrace)
+	defer t.Stop()
+	select {
+	case <-s.Done():
+		return
+	case <-t.C:
+	}
+	e.mu.Lock()
+	err := e.judgeLocked(s)
+	e.mu.Unlock()
+	s.ending.Store(false)
+	if err != nil {
+		s.fail(ErrWithdrawn)
+	}
 }
 
 func (e *Endpoint) judgeLocked(s *Session) error {

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/strait-mesh/strait/internal/preface"
+	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
 
@@ -60,7 +61,8 @@ type Session struct {
 	target    string // record name that was dialled, when dialled
 	address   string
 	since     time.Time
-	notAfter  time.Time // of the earlier ending certificate
+	notAfter  time.Time       // of the earlier ending certificate
+	own       *trust.Identity // ours when the session was made
 	control   link
 	pulse     *pulse
 	width     width
@@ -74,6 +76,9 @@ type Session struct {
 	controls atomic.Int64 // control streams that the other end has open
 	tag      atomic.Uint64
 	narrowed atomic.Bool // full packets vanish: a new session is wanted
+	rootless atomic.Bool // what one of the ends has proved is of a root that has left its bundle: a new session is wanted
+	ending   atomic.Bool // and it ends soon
+	left     atomic.Bool // and those whose streams run on it were told
 	probes   chan uint64
 	packets  chan []byte
 	notices  chan []byte
@@ -97,7 +102,7 @@ func newSession(e *Endpoint, control link, peerID spiffeid.ID, transport string,
 		markers: make(chan []byte, 256), inbound: rate.NewLimiter(2000, 4000), ended: make(chan struct{}),
 		udpOK: transport == QUIC, tcpOK: transport == TCP,
 	}
-	s.notAfter = e.earliestEnd(control.state())
+	s.notAfter, s.own = e.earliestEnd(control.state()), e.cfg.Source.Identity()
 	s.state.Store(int32(StateUp))
 	return s
 }
@@ -487,7 +492,16 @@ func (o *Outgoing) ReadPooled(take func() []byte, give func()) (int, error) {
 func (s *Session) retire() {
 	if s.retiring.CompareAndSwap(0, time.Now().UnixNano()) {
 		s.notify(notice{Kind: noticeRetire})
+		s.leaveRootless()
 		s.e.changed()
+	}
+}
+
+// leaveRootless says, once another session has taken its place, that what runs on a session without a root has to be made anew: it ends
+// with the session.
+func (s *Session) leaveRootless() {
+	if s.rootless.Load() && s.retiring.Load() != 0 && s.e.cfg.Draining != nil && s.left.CompareAndSwap(false, true) {
+		s.e.cfg.Draining(s, trust.RootGrace)
 	}
 }
 

@@ -40,6 +40,7 @@ type Session struct {
 	kicked  chan struct{} // cap 1: health changed
 	markers chan *controlpb.TraceMarker
 	rotate  chan struct{}
+	replace chan struct{} // cap 1
 	stable  chan struct{}
 	done    chan struct{}
 
@@ -170,7 +171,7 @@ func (s *Set) greet(ctx context.Context, g Gateway, conn *tls.Conn) (*Session, e
 	session := &Session{
 		gateway: g, id: preface.SessionID(w.GetSessionId()), key: key, conn: conn, set: s,
 		kicked: make(chan struct{}, 1), markers: make(chan *controlpb.TraceMarker, 64),
-		rotate: make(chan struct{}), stable: make(chan struct{}), done: make(chan struct{}), remove: func() {},
+		rotate: make(chan struct{}), replace: make(chan struct{}, 1), stable: make(chan struct{}), done: make(chan struct{}), remove: func() {},
 	}
 	until := peer.NotAfter
 	if own := s.cfg.Source.Identity(); own != nil && own.NotAfter.Before(until) {
@@ -200,6 +201,7 @@ func (s *Set) serve(ctx context.Context, session *Session) {
 	defer rotate.Stop()
 	stable := time.NewTimer(5 * time.Second)
 	defer stable.Stop()
+	rotated := sync.OnceFunc(func() { close(session.rotate) })
 	var id uint64
 	session.kick()
 	for {
@@ -213,7 +215,10 @@ func (s *Set) serve(ctx context.Context, session *Session) {
 			close(session.stable)
 			continue
 		case <-rotate.C:
-			close(session.rotate)
+			rotated()
+			continue
+		case <-session.replace:
+			rotated()
 			continue
 		case <-ping.C:
 			id++

@@ -257,6 +257,18 @@ func (s *Set) pause(ctx context.Context, d time.Duration) {
 	}
 }
 
+// Replace has every session made anew now; the present ones stay for what runs through them.
+func (s *Set) Replace() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, session := range s.live {
+		select {
+		case session.replace <- struct{}{}:
+		default:
+		}
+	}
+}
+
 func (s *Set) enter(session *Session) {
 	s.mu.Lock()
 	old := s.live[session.gateway.Name]
