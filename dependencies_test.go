@@ -13,7 +13,7 @@ import (
 var forbidden = map[string][]string{
 	"./cmd/strait-proxy": {
 		"go.etcd.io/", "k8s.io/", "sigs.k8s.io/structured-merge-diff", "github.com/envoyproxy/", "go.opentelemetry.io/otel",
-		"github.com/grpc-ecosystem/", "github.com/spf13/cobra", "github.com/google/cel-go", "github.com/itchyny/gojq",
+		"github.com/grpc-ecosystem/", "github.com/spf13/cobra", "github.com/google/cel-go", "github.com/itchyny/gojq", "github.com/spiffe/go-spiffe/v2/workloadapi",
 		module + "/controlplane/configapi", module + "/controlplane/federate", module + "/controlplane/discovery", module + "/internal/wan", module + "/e2e",
 	},
 	"./cmd/strait": {

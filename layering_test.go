@@ -53,6 +53,7 @@ var owners = map[string][]string{
 	"go.opentelemetry.io/otel":               {"cmd"},
 	"github.com/envoyproxy/go-control-plane": {"controlplane/xds"},
 	"github.com/prometheus/client_golang":    {"internal/metric"},
+	"github.com/spiffe/go-spiffe":            {"trust"},
 	"regexp":                                 {"controlplane/schema", "docs", "tools"}, // identities and paths are compared, not matched
 }
 
