@@ -4,6 +4,7 @@ package ca_test
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -568,18 +569,21 @@ func TestDamagedState(t *testing.T) {
 	a, dir, clk := newCA(t)
 	run(t, a, "prepare")
 	good := must(dir.ReadFile("ca/state.json"))
+	_, text, _ := bytes.Cut(good, []byte("\n"))
 	edit := func(f func(map[string]any)) []byte {
 		var m map[string]any
-		if err := json.Unmarshal(good, &m); err != nil {
+		if err := json.Unmarshal(text, &m); err != nil {
 			t.Fatal(err)
 		}
 		f(m)
-		return must(json.Marshal(m))
+		data := must(json.Marshal(m))
+		return fmt.Appendf(nil, "strait-ca-state/1 sha256:%x\n%s", sha256.Sum256(data), data)
 	}
 	for name, tt := range map[string]struct {
 		data []byte
 		code problem.Code
 	}{
+		"no checksum":    {text, problem.StateCorrupt},
 		"half":           {good[:len(good)/2], problem.StateCorrupt},
 		"empty":          {nil, problem.StateCorrupt},
 		"another phase":  {edit(func(m map[string]any) { m["phase"] = "steady" }), problem.StateCorrupt},
@@ -603,6 +607,38 @@ func TestDamagedState(t *testing.T) {
 	if _, err := ca.Open(dir, ca.Config{Now: clk.Now}); err != nil {
 		t.Error(err)
 	}
+}
+
+// TestFlippedBits: a bit that a disk has turned in any file of the CA is noticed, or changes nothing.
+func TestFlippedBits(t *testing.T) {
+	a, dir, clk := newCA(t)
+	run(t, a, "prepare", "activate")
+	rng := rand.New(rand.NewPCG(1, 2))
+	want := issue(t, a)
+	opened, refused := 0, 0
+	for _, name := range must(dir.List("ca")) {
+		good := must(dir.ReadFile("ca/" + name))
+		for range 40 {
+			bad := bytes.Clone(good)
+			bad[rng.IntN(len(bad))] ^= 1 << rng.IntN(8)
+			if err := dir.WriteFile("ca/"+name, bad); err != nil {
+				t.Fatal(err)
+			}
+			b, err := ca.Open(dir, ca.Config{TrustDomain: td, Now: clk.Now})
+			if err != nil {
+				refused++
+				continue
+			}
+			opened++
+			if name == "state.json" || !b.Bundle().Equal(a.Bundle()) || verifies(issue(t, b), a.Bundle(), clk.Now()) != nil || verifies(want, b.Bundle(), clk.Now()) != nil {
+				t.Errorf("%s with a flipped bit makes another CA", name)
+			}
+		}
+		if err := dir.WriteFile("ca/"+name, good); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d refused, %d without a difference", refused, opened)
 }
 
 func pemOf(c *x509.Certificate) []byte {

@@ -33,6 +33,8 @@ const (
 	bundleFile = "bundles/own.json"
 
 	stateVersion = 1
+	// stateMagic and the checksum of what follows are the first line of ca/state.json.
+	stateMagic = "strait-ca-state/1 sha256:"
 )
 
 // state is ca/state.json: which files count. See DESIGN.md.
@@ -59,8 +61,12 @@ func readState(dir files) (*state, error) {
 	damaged := func(why string) error {
 		return problem.New(problem.StateCorrupt, "%s %s", dir.Path(stateFile), why)
 	}
+	head, text, ok := bytes.Cut(data, []byte("\n"))
+	if sum := sha256.Sum256(text); !ok || string(head) != stateMagic+hex.EncodeToString(sum[:]) {
+		return nil, damaged("does not match its checksum")
+	}
 	s := &state{}
-	dec := json.NewDecoder(bytes.NewReader(data))
+	dec := json.NewDecoder(bytes.NewReader(text))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(s); err != nil || dec.More() {
 		return nil, damaged("is damaged")
@@ -87,7 +93,9 @@ func writeState(dir files, s *state) error {
 	if err != nil {
 		return err
 	}
-	return dir.WriteFile(stateFile, append(data, '\n'))
+	data = append(data, '\n')
+	sum := sha256.Sum256(data)
+	return dir.WriteFile(stateFile, append([]byte(stateMagic+hex.EncodeToString(sum[:])+"\n"), data...))
 }
 
 // root is a root of our own; key is nil when it is offline.
