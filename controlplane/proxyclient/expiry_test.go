@@ -42,7 +42,9 @@ func TestEndedIdentityIsRenewed(t *testing.T) {
 	if err := handshake(t, c, client.Source()); err == nil || !strings.Contains(err.Error(), "own identity has expired") {
 		t.Fatalf("an expired identity was used: %v", err)
 	}
-	eventually(t, "failures counted", func() bool { return !strings.Contains(scrape(registry), `strait_certificate_renewals_total{result="failure"} 0`) })
+	eventually(t, "failures counted", func() bool {
+		return !strings.Contains(scrape(registry), `strait_certificate_renewals_total{result="failure"} 0`)
+	})
 	c.serve()
 	begin := time.Now()
 	eventually(t, "renewed", func() bool { return serial(client) != held })
@@ -56,7 +58,9 @@ func TestEndedIdentityIsRenewed(t *testing.T) {
 	if err := handshake(t, c, client.Source()); err != nil {
 		t.Errorf("after recovery: %v", err)
 	}
-	eventually(t, "success counted", func() bool { return !strings.Contains(scrape(registry), `strait_certificate_renewals_total{result="success"} 0`) })
+	eventually(t, "success counted", func() bool {
+		return !strings.Contains(scrape(registry), `strait_certificate_renewals_total{result="success"} 0`)
+	})
 	for _, want := range []string{`strait_certificate_not_after_seconds{kind="leaf",trust_domain="us-east.acme"}`, `{kind="issuer",`, `{kind="root",`, `strait_bundle_sequence{trust_domain="us-east.acme"}`} {
 		if !strings.Contains(scrape(registry), want) {
 			t.Errorf("%s is not among the metrics", want)

@@ -50,7 +50,8 @@ type cluster struct {
 	withdrawals *withdrawal.Registry
 	denied      *identity.DenyList
 	renewals    atomic.Int64
-	grace       time.Duration // how long ended identities are renewed
+	net         *memory                          // nil: TCP
+	grace       time.Duration                    // how long ended identities are renewed
 	renewed     atomic.Pointer[identity.Renewal] // the last one
 	addr        string
 	serverID    spiffeid.ID // whom the listener claims to be; the control plane unless a test says otherwise
@@ -111,12 +112,18 @@ func (c *cluster) newDiscovery() {
 // serve listens, at the same address each time, until the returned function or the end of the test.
 func (c *cluster) serve() {
 	c.t.Helper()
-	addr := c.addr
-	if addr == "" {
-		addr = "127.0.0.1:0"
+	var inner net.Listener
+	var err error
+	if c.net != nil {
+		inner = c.net.listen()
+	} else {
+		addr := c.addr
+		if addr == "" {
+			addr = "127.0.0.1:0"
+		}
+		inner, err = net.Listen("tcp", addr)
+		must(c.t, err)
 	}
-	inner, err := net.Listen("tcp", addr)
-	must(c.t, err)
 	c.addr = inner.Addr().String()
 	registrations := &register.Server{
 		Tokens: c.tokens, Bundle: c.ca.Bundle, Cluster: "us-east", Federation: "acme", Now: c.clock.Now,

@@ -129,7 +129,6 @@ var untested = map[string]string{
 	"CatalogFork":         "as CatalogRefused",
 	"CatalogStale":        "as CatalogRefused; the freshness is tested by its name",
 	"UpstreamReset":       "sidecar/http tests the 502 and the reason upstream_reset",
-	"CertificateExpiring": "a line of strait check after three missed renewals of an hour each",
 }
 
 // Every code is returned somewhere, and some test of the package that returns it asks for it by name or by number.
