@@ -153,12 +153,19 @@ func (o *operator) subject(ctx context.Context, text string) (spiffeid.ID, error
 func (o *operator) awaitConfirmed(ctx context.Context, id spiffeid.ID) *controlpb.WithdrawalStatus {
 	wait, cancel := context.WithTimeout(ctx, confirmWait)
 	defer cancel()
+	var last *controlpb.WithdrawalStatus
 	for {
 		changed := o.c.discovery.Changed()
 		s := o.c.withdrawals(wait, []spiffeid.ID{id})[0]
-		if len(s.Unconfirmed) == 0 || wait.Err() != nil {
+		switch {
+		case len(s.Unconfirmed) == 0:
+			return s
+		case wait.Err() != nil && last != nil:
+			return last // members had no time to answer this one
+		case wait.Err() != nil:
 			return s
 		}
+		last = s
 		t := time.NewTimer(confirmEvery)
 		select {
 		case <-wait.Done():

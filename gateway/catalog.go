@@ -5,8 +5,10 @@ package gateway
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -25,8 +27,10 @@ const (
 	pullBackoffMax = 10 * time.Second
 	updateTimeout  = 30 * time.Second // to write one update
 	offersDir      = "catalogs/offers"
-	updateRate     = 20 // updates of one peer a second; an honest origin signs at most as many
-	updateBurst    = 100
+	// hintPatience is how long after a hint an update is waited for where the subscription is; then another gateway of the peer is asked.
+	hintPatience = time.Second
+	updateRate   = 20 // updates of one peer a second; an honest origin signs at most as many
+	updateBurst  = 100
 )
 
 // takeOffer keeps what a consumer may see, and serves it from then on, also without the control plane.
@@ -216,8 +220,9 @@ func wake(c chan struct{}) {
 
 func (g *Gateway) pullLoop(ctx context.Context, td spiffeid.TrustDomain, p *pull) {
 	backoff := pullBackoffMin
+	var not []*tunnel.Session // whose gateway lags behind
 	for ctx.Err() == nil {
-		s := g.awaitSession(ctx, td)
+		s := g.awaitSession(ctx, td, not...)
 		if s == nil {
 			return
 		}
@@ -225,8 +230,13 @@ func (g *Gateway) pullLoop(ctx context.Context, td spiffeid.TrustDomain, p *pull
 		if ctx.Err() != nil {
 			return
 		}
+		not = nil
 		if n > 0 {
 			backoff = pullBackoffMin
+		}
+		if errors.Is(err, errLags) {
+			g.log.Info("catalog is asked of another gateway", "peer", td.String(), "tunnel", s.ID(), "gateway", s.Gateway())
+			not, backoff = []*tunnel.Session{s}, pullBackoffMin
 		}
 		g.log.Debug("catalog subscription ended", "peer", td.String(), "tunnel", s.ID(), "error", errString(err))
 		t := time.NewTimer(backoff/2 + rand.N(backoff))
@@ -249,14 +259,19 @@ func (g *Gateway) pullFrom(ctx context.Context, s *tunnel.Session, td spiffeid.T
 		return 0, err
 	}
 	defer st.Reset()
+	var taken atomic.Int64 // when the last update was, Unix nanoseconds
+	lags := false
 	ended := make(chan struct{})
-	defer func() { cancel(); <-ended }()
+	defer func() {
+		cancel()
+		<-ended
+		if lags {
+			err = errLags
+		}
+	}()
 	g.wg.Go(func() {
 		defer close(ended)
-		select {
-		case <-ctx.Done():
-		case <-p.again:
-		}
+		lags = g.supervisePull(ctx, p, &taken)
 		st.Reset()
 	})
 	epoch, seq := g.imports.Mark(td)
@@ -286,7 +301,38 @@ func (g *Gateway) pullFrom(ctx context.Context, s *tunnel.Session, td spiffeid.T
 		if _, err := g.imports.Apply(td, u); err != nil {
 			return 0, fmt.Errorf("catalog of %s: %w", td, err)
 		}
+		taken.Store(time.Now().UnixNano())
 		g.link.importsChanged()
+	}
+}
+
+// errLags says that a gateway serves no update of which gossip has told.
+var errLags = errors.New("the gateway serves no update although there is one")
+
+// supervisePull returns when a subscription is to end: with ctx, to begin again, or because of a hint that no update has come for. A
+// gateway that has lost its control plane, that was withdrawn by it, or that withholds, does not keep the catalog from us while there
+// is another one.
+func (g *Gateway) supervisePull(ctx context.Context, p *pull, taken *atomic.Int64) (lags bool) {
+	t := time.NewTimer(time.Hour)
+	defer t.Stop()
+	var hinted time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return false
+		case <-p.again:
+			return false
+		case <-p.kick:
+			if hinted.IsZero() {
+				hinted = time.Now()
+				t.Reset(hintPatience)
+			}
+		case <-t.C:
+			if !hinted.IsZero() && taken.Load() < hinted.Add(-2*hintPatience).UnixNano() { // gossip may be the slower one
+				return true
+			}
+			hinted = time.Time{}
+		}
 	}
 }
 

@@ -57,9 +57,12 @@ func queryTime(ms int64) time.Duration {
 }
 
 // awaitSession waits for a session to td until ctx ends.
-func (g *Gateway) awaitSession(ctx context.Context, td spiffeid.TrustDomain) *tunnel.Session {
+func (g *Gateway) awaitSession(ctx context.Context, td spiffeid.TrustDomain, not ...*tunnel.Session) *tunnel.Session {
 	for {
 		changed := g.tun.Changed()
+		if s := g.tun.Pick(td, not...); s != nil {
+			return s
+		}
 		if s := g.tun.Pick(td); s != nil {
 			return s
 		}
