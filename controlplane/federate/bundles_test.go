@@ -536,8 +536,10 @@ func TestIntroducedWhileItRotates(t *testing.T) {
 		eu.waitState("ap-south", federate.StateReady)
 		ap.waitState("eu-west", federate.StateReady)
 		for _, c := range []*cluster{us, eu, ap} {
-			if a := c.m.View().Alarms; len(a) != 0 {
-				t.Errorf("%s: alarms %v", c.name, a)
+			for _, a := range c.m.View().Alarms {
+				if a.Kind != "catalog_refused" { // both sides dial, and catalogs on two ways overtake each other
+					t.Errorf("%s: alarm %v", c.name, a)
+				}
 			}
 		}
 	})

@@ -30,6 +30,7 @@ import (
 type world struct {
 	t         *testing.T
 	reporting sync.Mutex // keeps reports in the order in which they were made up
+	passing   sync.Mutex // the same for catalogs: a gateway's subscription is one stream
 	mu        sync.Mutex
 
 	clusters map[string]*cluster
@@ -383,6 +384,8 @@ func (w *world) pass(origin, consumer string) {
 	if op == nil || cp == nil || !op.Ready() || !cp.Ready() {
 		return
 	}
+	w.passing.Lock()
+	defer w.passing.Unlock()
 	cg.mu.Lock()
 	at := cg.marks[o.td.String()]
 	cg.mu.Unlock()
