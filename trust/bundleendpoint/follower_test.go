@@ -194,8 +194,6 @@ func (w *world) state() bundleendpoint.Followed {
 	return list[0]
 }
 
-func (w *world) sequence() uint64 { return w.state().Bundle.Sequence() }
-
 // wants waits d and checks what is held then, and what is said of the last attempt.
 func (w *world) wants(why string, d time.Duration, sequence uint64, text string) {
 	w.t.Helper()
@@ -216,7 +214,7 @@ func TestFollow(t *testing.T) {
 		first := w.bundle.Load().Sequence()
 		w.start()
 		w.wants("asked at once", 0, first, "")
-		if s := w.state(); s.Confirmed != time.Now() || s.Next.Sub(time.Now()) < 270*time.Second || s.Next.Sub(time.Now()) > 330*time.Second {
+		if s := w.state(); s.Confirmed != time.Now() || time.Until(s.Next) < 270*time.Second || time.Until(s.Next) > 330*time.Second {
 			t.Errorf("confirmed %s, next in %s", s.Confirmed, time.Until(s.Next))
 		}
 		changed := w.f.Changed()
