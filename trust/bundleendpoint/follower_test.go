@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -28,7 +29,7 @@ import (
 // memory is a network of pipes with one listener.
 type memory struct {
 	conns chan net.Conn
-	down  bool
+	down  atomic.Bool
 	done  chan struct{}
 	once  sync.Once
 }
@@ -36,7 +37,7 @@ type memory struct {
 func newMemory() *memory { return &memory{conns: make(chan net.Conn), done: make(chan struct{})} }
 
 func (m *memory) dial(ctx context.Context, _, addr string) (net.Conn, error) {
-	if m.down {
+	if m.down.Load() {
 		return nil, fmt.Errorf("dial %s: unreachable", addr)
 	}
 	a, b := net.Pipe()
@@ -242,10 +243,10 @@ func TestFollow(t *testing.T) {
 
 		// What was held survives a restart, and so does its sequence.
 		w.stop()
-		w.net.down = true
+		w.net.down.Store(true)
 		w.start()
 		w.wants("restarted without a network", 0, first+1, "unreachable")
-		w.net.down = false
+		w.net.down.Store(false)
 		w.wants("restarted", 12*time.Second, first+1, "no roots")
 		w.now(nil)
 		w.setBundle(old)
@@ -481,7 +482,7 @@ func TestConfigurationChanges(t *testing.T) {
 		synctest.Wait()
 		w.wants("begun anew", 0, 1, "")
 		w.stop()
-		w.net.down = true
+		w.net.down.Store(true)
 		w.start()
 		w.wants("restarted", 0, 1, "unreachable")
 
