@@ -274,6 +274,30 @@ func TestWorkloadAPI(t *testing.T) {
 		t.Errorf("checkout was taken for web: %s", got)
 	}
 
+	// The root of the caller's cluster is rotated: the chain grows by the sibling, and nothing fails.
+	for _, step := range []struct {
+		name  string
+		chain string
+	}{{"prepare", " of 2"}, {"activate", " of 3"}, {"retire", " of 2"}} {
+		us.CLI("trust", "rotate", step.name, "--wait")
+		harness.Eventually(t, 60*time.Second, "a chain"+step.chain+" after "+step.name, func() error {
+			if err := talk(); err != nil {
+				t.Fatalf("%s: %v", step.name, err)
+			}
+			if got := web.do("serial"); !strings.HasSuffix(got, step.chain) {
+				return errors.New(got)
+			}
+			return nil
+		})
+		if step.name == "prepare" {
+			continue // a token of the old key would hold retire up for as long as it is valid
+		}
+		token := web.do("jwt %s", checkoutID)
+		if got := checkoutApp.do("validate %s %s", checkoutID, token); got != webID+" "+webID {
+			t.Errorf("%s: validated as %s", step.name, got)
+		}
+	}
+
 	// Tokens.
 	token := web.do("jwt %s", checkoutID)
 	if got := checkoutApp.do("validate %s %s", checkoutID, token); got != webID+" "+webID {
@@ -304,6 +328,27 @@ func TestWorkloadAPI(t *testing.T) {
 	})
 	if d := time.Since(began); d > 5*time.Second {
 		t.Errorf("refused only after %v", d)
+	}
+
+	// An identity that is withdrawn.
+	us.CLI("workload", "register", "shop/web", "--service", "web", "--unix-uid", fmt.Sprint(uid))
+	harness.Eventually(t, 10*time.Second, "the identity again", func() error {
+		if got := web.try("fetch"); got != webID {
+			return errors.New(got)
+		}
+		return nil
+	})
+	us.CLI("workload", "evict", "shop/web", "--yes")
+	for what, refused := range map[string]func() string{
+		"another token for a withdrawn identity": func() string { return web.try("jwt another") },
+		"its token, in the other cluster":        func() string { return checkoutApp.try("validate %s %s", checkoutID, token) },
+	} {
+		harness.Eventually(t, 10*time.Second, "the refusal of "+what, func() error {
+			if got := refused(); !strings.HasPrefix(got, "error") {
+				return errors.New(got)
+			}
+			return nil
+		})
 	}
 
 	checkout.Stop(10 * time.Second)

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
@@ -187,6 +188,9 @@ func (k *keeper) took(id *trust.Identity, err error) {
 		err = errWithdrawn
 	}
 	now := k.now()
+	if problem.Is(err, problem.IdentityWithdrawn) {
+		k.id, err = nil, errWithdrawn // a refusal is no outage: what is left of its life is not served
+	}
 	if err != nil {
 		k.err = err
 		backoff := min(firstBackoff<<min(k.failures, 8), maxBackoff, max(k.every/4, time.Millisecond))

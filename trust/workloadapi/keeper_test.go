@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/spiffeid"
 )
@@ -20,6 +21,7 @@ import (
 type issuer struct {
 	mu       sync.Mutex
 	away     bool
+	refused  error
 	attempts int
 	at       []time.Time // of each identity
 }
@@ -30,6 +32,9 @@ func (i *issuer) issue(context.Context) (*trust.Identity, error) {
 	i.attempts++
 	if i.away {
 		return nil, errors.New("away")
+	}
+	if i.refused != nil {
+		return nil, i.refused
 	}
 	now := time.Now()
 	i.at = append(i.at, now)
@@ -115,6 +120,22 @@ func TestDayWithoutControlPlane(t *testing.T) {
 		time.Sleep(90 * time.Second)
 		if id, _, err := k.current(); id == nil {
 			t.Fatalf("not served again: %v", err)
+		}
+	})
+}
+
+// TestRefusedIsNotAway: a control plane that answers that the identity was withdrawn ends what is served at once.
+func TestRefusedIsNotAway(t *testing.T) {
+	virtual(t, func(k *keeper, i *issuer) {
+		k.want()
+		synctest.Wait()
+		i.mu.Lock()
+		i.refused = problem.New(problem.IdentityWithdrawn, "it was withdrawn")
+		i.mu.Unlock()
+		k.recall(time.Now().Add(time.Second))
+		time.Sleep(maxRecall + time.Second)
+		if id, _, err := k.current(); id != nil || !errors.Is(err, errWithdrawn) {
+			t.Errorf("served although refused (%v)", err)
 		}
 	})
 }
