@@ -5,7 +5,6 @@ package sidecar
 import (
 	"context"
 	"crypto/x509"
-	"errors"
 	"sync"
 	"time"
 
@@ -27,7 +26,9 @@ type ledger struct {
 type ledgerEntry struct {
 	chain []*x509.Certificate
 	end   func(reason string)
-	until time.Time // its root has left the bundle: when it ends; of judgeChains alone
+	// of judgeChains alone:
+	verified *trust.Bundle // that it held by when last looked at
+	until    time.Time     // its root has left that: when it ends
 }
 
 func newLedger(source *trust.Source, now func() time.Time) *ledger {
@@ -39,7 +40,7 @@ func newLedger(source *trust.Source, now func() time.Time) *ledger {
 
 // enter registers something whose trust can be withdrawn.
 func (l *ledger) enter(s withdrawal.Subject, peer *trust.Peer, end func(reason string)) (remove func()) {
-	e := &ledgerEntry{chain: peer.Chain, end: end}
+	e := &ledgerEntry{chain: peer.Chain, end: end, verified: l.source.Bundles().Get(peer.ID.TrustDomain())}
 	leave := l.registry.Add(s, end)
 	l.mu.Lock()
 	l.live[e] = struct{}{}
@@ -62,24 +63,28 @@ func (l *ledger) judgeChains() (ended int, next time.Duration) {
 		all = append(all, e)
 	}
 	l.mu.Unlock()
-	verdicts := map[string]verdict{} // pooled connections share few leaves
+	verdicts := map[string]error{} // pooled connections share few leaves
 	for _, e := range all {
 		if len(e.chain) == 0 {
 			continue
 		}
-		v, judged := verdicts[string(e.chain[0].Raw)]
+		err, judged := verdicts[string(e.chain[0].Raw)]
 		if !judged {
-			v = judgeChain(e.chain, bundles, now)
-			verdicts[string(e.chain[0].Raw)] = v
+			_, err = trust.Verify(e.chain, bundles, now)
+			verdicts[string(e.chain[0].Raw)] = err
 		}
+		rootless := bundles.LostRoot(e.verified, err)
 		switch {
-		case v == holds:
+		case err == nil:
 			e.until = time.Time{}
+			if e.verified != nil {
+				e.verified = bundles.Get(e.verified.TrustDomain())
+			}
 			continue
-		case v == lostRoot && e.until.IsZero():
+		case rootless && e.until.IsZero():
 			e.until = now.Add(trust.RootGrace)
 		}
-		if left := e.until.Sub(now); v == lostRoot && left > 0 {
+		if left := e.until.Sub(now); rootless && left > 0 {
 			if next == 0 || left < next {
 				next = left
 			}
@@ -89,26 +94,6 @@ func (l *ledger) judgeChains() (ended int, next time.Duration) {
 		ended++
 	}
 	return ended, next
-}
-
-type verdict int
-
-const (
-	holds verdict = iota
-	lostRoot
-	refused
-)
-
-func judgeChain(chain []*x509.Certificate, bundles *trust.Bundles, now time.Time) verdict {
-	_, err := trust.Verify(chain, bundles, now)
-	if err == nil {
-		return holds
-	}
-	var v *trust.VerifyError
-	if errors.As(err, &v) && bundles.LostRoot(v.ID.TrustDomain(), err) {
-		return lostRoot
-	}
-	return refused
 }
 
 func (l *ledger) run(ctx context.Context) error { return l.registry.Run(ctx) }

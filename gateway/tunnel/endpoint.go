@@ -301,7 +301,7 @@ func (e *Endpoint) Judge() {
 	e.mu.Lock()
 	for s := range e.sessions {
 		err := e.judgeLocked(s)
-		switch lost := e.cfg.Source.Bundles().LostRoot(s.Peer(), err); {
+		switch lost := e.lostRootLocked(s, err); {
 		case err != nil && !lost:
 			gone = append(gone, s)
 		case lost && !s.ending.Swap(true):
@@ -309,7 +309,7 @@ func (e *Endpoint) Judge() {
 				gone = append(gone, s)
 			}
 			rootless = append(rootless, s)
-		case lost || e.lostOwnRoot(s):
+		case lost || e.lostOwnRootLocked(s):
 			rootless = append(rootless, s)
 		}
 	}
@@ -324,13 +324,27 @@ func (e *Endpoint) Judge() {
 	e.changed()
 }
 
-// lostOwnRoot says whether what we have proved in a session is not verified by our bundle any more: the far end will not, either.
-func (e *Endpoint) lostOwnRoot(s *Session) bool {
+// lostRootLocked says whether err, of judging a session, is that its root has left the peer's bundle; without an error that bundle is
+// the one that the next answer is compared with.
+func (e *Endpoint) lostRootLocked(s *Session, err error) bool {
+	bundles := e.cfg.Source.Bundles()
+	if err == nil {
+		s.verified = bundles.Get(s.Peer())
+	}
+	return bundles.LostRoot(s.verified, err)
+}
+
+// lostOwnRootLocked says whether what we have proved in a session is not verified by our bundle any more: the far end will not, either.
+func (e *Endpoint) lostOwnRootLocked(s *Session) bool {
 	if s.own == nil {
 		return false
 	}
+	bundles := e.cfg.Source.Bundles()
 	_, err := e.cfg.Source.Verify(s.own.Chain)
-	return e.cfg.Source.Bundles().LostRoot(s.own.ID.TrustDomain(), err)
+	if err == nil {
+		s.ownVerified = bundles.Get(s.own.ID.TrustDomain())
+	}
+	return bundles.LostRoot(s.ownVerified, err)
 }
 
 // endRootless ends a session once its grace has passed, unless its root is back.

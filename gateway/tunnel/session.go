@@ -63,11 +63,13 @@ type Session struct {
 	since     time.Time
 	notAfter  time.Time       // of the earlier ending certificate
 	own       *trust.Identity // ours when the session was made
-	control   link
-	pulse     *pulse
-	width     width
-	udpOK     bool
-	tcpOK     bool
+	// what the two ends' chains held by when last looked at; guarded by e.mu once the session is added
+	verified, ownVerified *trust.Bundle
+	control               link
+	pulse                 *pulse
+	width                 width
+	udpOK                 bool
+	tcpOK                 bool
 
 	state    atomic.Int32
 	retiring atomic.Int64 // unix nano since when, 0 = not
@@ -103,6 +105,10 @@ func newSession(e *Endpoint, control link, peerID spiffeid.ID, transport string,
 		udpOK: transport == QUIC, tcpOK: transport == TCP,
 	}
 	s.notAfter, s.own = e.earliestEnd(control.state()), e.cfg.Source.Identity()
+	s.verified = e.cfg.Source.Bundles().Get(peerID.TrustDomain())
+	if s.own != nil {
+		s.ownVerified = e.cfg.Source.Bundles().Get(s.own.ID.TrustDomain())
+	}
 	s.state.Store(int32(StateUp))
 	return s
 }
