@@ -124,11 +124,11 @@ var reserved = map[string]string{
 
 // untested are codes that no test of another package triggers, and why.
 var untested = map[string]string{
-	"Internal":            "a bug: it is what problem.From makes of an error without a code, which is tested here",
-	"CatalogRefused":      "federation/catalog and controlplane/federate test each refusal by its type; the code is that of the line in strait check",
-	"CatalogFork":         "as CatalogRefused",
-	"CatalogStale":        "as CatalogRefused; the freshness is tested by its name",
-	"UpstreamReset":       "sidecar/http tests the 502 and the reason upstream_reset",
+	"Internal":       "a bug: it is what problem.From makes of an error without a code, which is tested here",
+	"CatalogRefused": "federation/catalog and controlplane/federate test each refusal by its type; the code is that of the line in strait check",
+	"CatalogFork":    "as CatalogRefused",
+	"CatalogStale":   "as CatalogRefused; the freshness is tested by its name",
+	"UpstreamReset":  "sidecar/http tests the 502 and the reason upstream_reset",
 }
 
 // Every code is returned somewhere, and some test of the package that returns it asks for it by name or by number.
