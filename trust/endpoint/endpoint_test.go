@@ -245,7 +245,7 @@ func TestServerAway(t *testing.T) {
 				}
 				time.Sleep(2 * time.Second)
 				var refused *trust.VerifyError
-				if err := handshake(h.Source()); !errors.As(err, &refused) || refused.Reason != "expired" {
+				if err := handshake(h.Source()); !errors.As(err, &refused) || refused.Reason != "identity_expired" {
 					t.Fatalf("an identity that has ended was used: %v", err)
 				}
 				back := time.Now()
