@@ -195,7 +195,7 @@ func (c *ControlPlane) parts() (err error) {
 			p, ok := identity.PeerFromContext(ctx)
 			return p.ID, ok
 		},
-		BundleChanged: c.authorityChanged, Acked: c.acked, AckedChanged: c.discovery.Changed, Denied: c.ownDenials, DeniedChanged: c.denied.Changed,
+		RaiseSequence: c.raiseSequence, BundleChanged: c.authorityChanged, Acked: c.acked, AckedChanged: c.discovery.Changed, Denied: c.ownDenials, DeniedChanged: c.denied.Changed,
 		Objects: peerObjects{c}, GatewayAddresses: c.gatewayAddresses, Introducers: c.introducers,
 		CatalogTTL: c.cfg.CatalogTTL, JoinExpiry: c.cfg.JoinExpiry, AllowLoopback: c.cfg.AllowLoopback,
 		Version: version.String(), Now: c.now, Logger: c.log,

@@ -4,6 +4,7 @@ package controlplane
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -128,4 +129,12 @@ func (c *ControlPlane) caFiles() (map[string][]byte, error) {
 		return nil, nil
 	}
 	return c.ca.Files()
+}
+
+// raiseSequence takes our bundle past a sequence that a member has seen of it.
+func (c *ControlPlane) raiseSequence(seen uint64) error {
+	if c.elsewhere != nil {
+		return errors.New("identities come from a Workload API, and so does the bundle")
+	}
+	return c.ca.RaiseSequence(seen)
 }

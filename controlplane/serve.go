@@ -13,8 +13,10 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
+	"github.com/strait-mesh/strait/controlplane/identity"
 	"github.com/strait-mesh/strait/internal/peercred"
 	"github.com/strait-mesh/strait/trust"
+	"github.com/strait-mesh/strait/trust/withdrawal"
 )
 
 // listenLocal opens the data directory's sockets: their user is admin.
@@ -106,12 +108,29 @@ func (c *ControlPlane) renewLoop(ctx context.Context) error {
 	}
 }
 
+// lastWord is how long a withdrawn proxy's connection stands: it hears there that it was withdrawn, and ends what it holds itself. It may
+// renew nothing, and nobody else takes its certificate meanwhile.
+const lastWord = time.Second
+
 // denyLoop ends the connections of identities that were withdrawn, and with them their streams, and judges discovery again.
 func (c *ControlPlane) denyLoop(ctx context.Context) error {
 	for {
 		changed := c.denied.Changed()
-		c.registry.Judge(c.judgeSubject)
+		c.registry.Judge(func(s withdrawal.Subject) (string, bool) {
+			if k := identity.KindOf(s.Identity); s.Class == identity.Class && (k == identity.Workload || k == identity.Gateway) {
+				return "", true
+			}
+			return c.judgeSubject(s)
+		})
 		c.judgeAPI()
+		t := time.NewTimer(lastWord)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return nil
+		case <-t.C:
+		}
+		c.registry.Judge(c.judgeSubject)
 		c.discovery.Judge()
 		select {
 		case <-ctx.Done():

@@ -340,6 +340,7 @@ func TestWorkloadAPI(t *testing.T) {
 	})
 	us.CLI("workload", "evict", "shop/web", "--yes")
 	for what, refused := range map[string]func() string{
+		"its certificate":                        func() string { return web.try("fetch") },
 		"another token for a withdrawn identity": func() string { return web.try("jwt another") },
 		"its token, in the other cluster":        func() string { return checkoutApp.try("validate %s %s", checkoutID, token) },
 	} {

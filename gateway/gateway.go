@@ -51,7 +51,8 @@ type Gateway struct {
 	link     *link
 	local    net.Listener
 	web      *web
-	draining atomic.Bool
+	draining atomic.Bool  // everybody was told to go elsewhere
+	closing  atomic.Bool  // nothing new is taken
 	deadline atomic.Int64 // of the drain, Unix milliseconds
 
 	pullMu  sync.Mutex
@@ -303,7 +304,11 @@ func (g *Gateway) subscribeServices(old, v *view) {
 	}
 }
 
-// drain is the first phase of stopping: say so everywhere, take nothing new, wait for what is open.
+// lameDuck is how long a draining gateway goes on taking what comes, at most half of its grace: those who were told to go elsewhere need
+// a moment, and some know nowhere else yet.
+const lameDuck = 2 * time.Second
+
+// drain is the first phase of stopping: say so everywhere, soon take nothing new, wait for what is open.
 func (g *Gateway) drain(ctx context.Context) {
 	g.deadline.Store(g.cfg.Now().Add(g.cfg.DrainGrace).UnixMilli())
 	g.draining.Store(true)
@@ -312,7 +317,15 @@ func (g *Gateway) drain(ctx context.Context) {
 	g.locals.each(func(s *localSession) {
 		s.send(&controlpb.ToSidecar{Message: &controlpb.ToSidecar_Drain{Drain: &controlpb.DrainNotice{DeadlineMs: g.deadline.Load()}}})
 	})
-	if n := g.pairs.Drain(ctx, g.cfg.DrainGrace); n > 0 {
+	grace := g.cfg.DrainGrace - min(lameDuck, g.cfg.DrainGrace/2)
+	t := time.NewTimer(g.cfg.DrainGrace - grace)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	g.closing.Store(true)
+	if n := g.pairs.Drain(ctx, grace); n > 0 {
 		g.log.Info("drained", "cut", n)
 	}
 }

@@ -105,7 +105,7 @@ func (g *Gateway) serveStream(ctx context.Context, s *tunnel.Session, st tunnel.
 // judgeHeader is every check that needs no more than the header, in the order in which the answers tell least.
 func (g *Gateway) judgeHeader(from spiffeid.TrustDomain, h tunnel.Header) (*inbound, *preface.Refused) {
 	v := g.view.Load()
-	if g.draining.Load() {
+	if g.closing.Load() {
 		return nil, refusal(preface.CodeDraining, "gateway_draining")
 	}
 	if !v.ready(from) {

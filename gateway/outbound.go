@@ -130,7 +130,7 @@ func (g *Gateway) judgeOutbound(o *outbound) *preface.Refused {
 	if !o.session.window.Accept(o.preface.Counter) {
 		return refusal(preface.CodeBadRequest, "replayed")
 	}
-	if g.draining.Load() {
+	if g.closing.Load() {
 		return refusal(preface.CodeDraining, "gateway_draining")
 	}
 	if _, denied := v.denied.Judge(o.session.identity, o.session.issued); denied {

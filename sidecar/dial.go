@@ -182,7 +182,8 @@ func (s *Sidecar) dialRemote(ctx context.Context, svc *service, r *route, key gr
 	return nil, "", last
 }
 
-// gatewaysFor lists the sessions to try, at most three: those whose gateway has a tunnel up first, in turn.
+// gatewaysFor lists the sessions to try, at most three, in turn: those first whose gateway has a tunnel up, and of these the ones that
+// do not drain.
 func (s *Sidecar) gatewaysFor(td spiffeid.TrustDomain) []*local.Session {
 	sessions := s.locals.Sessions()
 	if len(sessions) == 0 {
@@ -193,14 +194,19 @@ func (s *Sidecar) gatewaysFor(td spiffeid.TrustDomain) []*local.Session {
 	rank := func(x *local.Session) int {
 		t, known := x.Tunnel(td)
 		switch {
+		case s.locals.Draining(x):
+			if t.Up {
+				return 1
+			}
+			return 5
 		case t.Up:
 			return 0
 		case t.Suspect:
-			return 1
-		case !known:
 			return 2
+		case !known:
+			return 3
 		}
-		return 3
+		return 4
 	}
 	slices.SortStableFunc(sessions, func(a, b *local.Session) int { return rank(a) - rank(b) })
 	return sessions[:min(3, len(sessions))]

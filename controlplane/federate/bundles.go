@@ -188,7 +188,7 @@ func (m *Manager) takeBundleLocked(td spiffeid.TrustDomain) {
 }
 
 // checkSeenLocked alarms when a peer holds a newer bundle of ours than we have: this control plane was restored from before a rotation,
-// and the peer will refuse every bundle of ours up to that sequence.
+// and the peer would refuse every bundle of ours up to that sequence. So ours goes past it; a peer that lies gains nothing by that.
 func (m *Manager) checkSeenLocked(td spiffeid.TrustDomain) {
 	p, v, own := m.peers[td], m.store.View(td), m.cfg.Bundle()
 	if p == nil || v == nil || v.Seen == nil || own == nil || v.Seen.Sequence <= own.Sequence() || p.aheadOfUs == v.Seen.Sequence {
@@ -197,6 +197,12 @@ func (m *Manager) checkSeenLocked(td spiffeid.TrustDomain) {
 	p.aheadOfUs = v.Seen.Sequence
 	m.alarmLocked("own_bundle_rollback", p.rec.Cluster,
 		fmt.Sprintf("it holds our trust bundle of sequence %d, ours is %d: this control plane was restored from before a rotation", v.Seen.Sequence, own.Sequence()))
+	if m.cfg.RaiseSequence == nil {
+		return
+	}
+	if err := m.cfg.RaiseSequence(v.Seen.Sequence); err != nil {
+		m.log.Error("the own bundle stays behind what a member holds", "peer", td.String(), "error", err)
+	}
 }
 
 // trustView fills in what the view says of a trusted peer's bundle.

@@ -237,6 +237,19 @@ func TestBundlesDoNotGoBack(t *testing.T) {
 		us.waitAlarm("own_bundle_rollback")
 		us.waitSeen(eu, 0) // what it acknowledged is nothing that we know of
 	})
+	t.Run("restored from a backup, and taken past what members hold", func(t *testing.T) {
+		_, us, eu, root := newPair(t)
+		first := root.roots[0]
+		root.prepare()
+		eu.waitBundle(us, root.Bundle())
+		us.waitSeen(eu, 2)
+		raise := root.raise
+		us.raise.Store(&raise)
+		root.set(1, first)
+		us.waitAlarm("own_bundle_rollback")
+		us.waitSeen(eu, 3)
+		eu.waitBundle(us, root.Bundle())
+	})
 }
 
 // TestBundleSurvivesAKill: the catalog is stored, the record is not yet; the next life takes the bundle from the catalog, before any

@@ -30,6 +30,8 @@ type Config struct {
 	Identity func() *trust.Identity
 	Signer   func() *trust.Identity
 	Bundle   func() *trust.Bundle
+	// RaiseSequence takes the own bundle past a sequence that a member has seen of it. nil: that is nobody's here. It must not call back.
+	RaiseSequence func(seen uint64) error
 
 	// PeerID is the verified identity of the caller of a gRPC method; required to serve Link.
 	PeerID func(ctx context.Context) (spiffeid.ID, bool)

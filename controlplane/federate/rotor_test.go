@@ -138,6 +138,14 @@ func (r *rotor) set(sequence uint64, roots ...root) {
 	r.publish(sequence)
 }
 
+// raise is what a CA does when a member has seen a newer bundle.
+func (r *rotor) raise(seen uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.publish(seen + 1)
+	return nil
+}
+
 func (r *rotor) Bundle() *trust.Bundle {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,6 +41,7 @@ type world struct {
 }
 
 type cluster struct {
+	raise  atomic.Pointer[func(uint64) error] // what RaiseSequence does; nil: nothing
 	w      *world
 	name   string
 	td     spiffeid.TrustDomain
@@ -188,6 +190,12 @@ func (c *cluster) start() {
 	cfg := federate.Config{
 		Federation: "acme", Cluster: federation.ClusterName(c.name), TrustDomain: c.td, Region: c.name + "-1", Dir: c.dir,
 		Identity: c.identity(spiffeid.ControlPlane(c.td)), Signer: c.identity(spiffeid.CatalogSigner(c.td)),
+		RaiseSequence: func(seen uint64) error {
+			if raise := c.raise.Load(); raise != nil {
+				return (*raise)(seen)
+			}
+			return nil
+		},
 		Bundle: c.ca.Bundle, Acked: c.acked, AckedChanged: c.trustChanged, Denied: c.denied, DeniedChanged: c.trustChanged,
 		PeerID: func(ctx context.Context) (spiffeid.ID, bool) {
 			md, _ := metadata.FromIncomingContext(ctx)

@@ -414,15 +414,24 @@ func (e *Endpoint) Sessions() []*Session {
 }
 
 // Pick returns the best session to td for a new stream, other than those in not: up before suspect, QUIC before TCP,
-// then the least loaded.
+// then the least loaded. One whose far gateway drains is the last resort: it still takes streams for a moment.
 func (e *Endpoint) Pick(td spiffeid.TrustDomain, not ...*Session) *Session {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	var best *Session
+	var best, last *Session
 	for s := range e.sessions {
-		if s.Peer() == td && s.usable() && !slices.Contains(not, s) && (best == nil || better(s, best)) {
-			best = s
+		switch {
+		case s.Peer() != td || slices.Contains(not, s):
+		case s.usable():
+			if best == nil || better(s, best) {
+				best = s
+			}
+		case s.draining.Load() && s.retiring.Load() == 0 && State(s.state.Load()) == StateUp:
+			last = s
 		}
+	}
+	if best == nil {
+		best = last
 	}
 	return best
 }

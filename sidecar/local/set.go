@@ -299,23 +299,38 @@ func (s *Set) leave(session *Session) {
 	s.cfg.Changed()
 }
 
-// Sessions returns the live sessions whose gateway is not draining (all live ones if every gateway is), by name.
+// Sessions returns the live sessions by name, those last whose gateway drains.
 func (s *Set) Sessions() []*Session {
+	good, draining := s.sessions()
+	return append(good, draining...)
+}
+
+func (s *Set) sessions() (good, draining []*Session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var good, draining []*Session
-	for name, session := range s.live {
-		if s.wanted[name].Draining || session.draining.Load() {
+	for _, session := range s.live {
+		if s.drains(session) {
 			draining = append(draining, session)
 		} else {
 			good = append(good, session)
 		}
 	}
-	if len(good) == 0 {
-		good = draining
+	for _, list := range [][]*Session{good, draining} {
+		slices.SortFunc(list, func(a, b *Session) int { return cmp.Compare(a.gateway.Name, b.gateway.Name) })
 	}
-	slices.SortFunc(good, func(a, b *Session) int { return cmp.Compare(a.gateway.Name, b.gateway.Name) })
-	return good
+	return good, draining
+}
+
+// drains reports whether a session's gateway goes away. The caller holds the lock.
+func (s *Set) drains(session *Session) bool {
+	return s.wanted[session.gateway.Name].Draining || session.draining.Load()
+}
+
+// Draining reports whether a session's gateway goes away: it takes connections for a moment, for those who know no other.
+func (s *Set) Draining(session *Session) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.drains(session)
 }
 
 // Await waits until a session is live, for as long as ctx allows. Without any gateway to wait for it returns at once.
@@ -351,10 +366,22 @@ func (s *Set) Known() bool {
 	return false
 }
 
-// Tunnels merges what live sessions say: a peer is as reachable as its best way.
+// Tunnels merges what live sessions say: a peer is as reachable as its best way. What draining gateways say counts for peers that no
+// other gateway reaches.
 func (s *Set) Tunnels() map[spiffeid.TrustDomain]Tunnel {
+	good, draining := s.sessions()
+	merged := merge(good)
+	for td, t := range merge(draining) {
+		if have, ok := merged[td]; !ok || !have.Up && better(t, have) {
+			merged[td] = t
+		}
+	}
+	return merged
+}
+
+func merge(sessions []*Session) map[spiffeid.TrustDomain]Tunnel {
 	merged := map[spiffeid.TrustDomain]Tunnel{}
-	for _, session := range s.Sessions() {
+	for _, session := range sessions {
 		peers := session.peers.Load()
 		if peers == nil {
 			continue
