@@ -64,6 +64,7 @@ func TestPathFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) { f(t, time.Now()) })
 	}
 
+	more(t, 2000) // ten seconds: what the retry budget remembers
 	fault("one of two far gateways is killed", func(t *testing.T, began time.Time) {
 		w.eu.Gateways[0].Kill()
 		judge(t, began, 800, 0)

@@ -106,7 +106,7 @@ func TestSilentConnects(t *testing.T) {
 			honest(t, us, web)
 			t.Logf("honest calls took %v", time.Since(start).Round(time.Millisecond))
 			crowdtest.AwaitClosed(t, conns, since)
-			harness.Eventually(t, 10*time.Second, l.process.Name+" to return to its baseline", func() error {
+			harness.Eventually(t, 30*time.Second, l.process.Name+" to return to its baseline", func() error {
 				now, err := figuresOf(l.process, l.metrics)
 				if err == nil && (now.goroutines > before.goroutines+5 || now.fds > before.fds+5) {
 					err = fmt.Errorf("%+v, before %+v", now, before)

@@ -53,6 +53,7 @@ type Gateway struct {
 	web      *web
 	draining atomic.Bool  // everybody was told to go elsewhere
 	closing  atomic.Bool  // nothing new is taken
+	suspects sync.Map     // *tunnel.Session → true: suspect, and the sidecars were told
 	deadline atomic.Int64 // of the drain, Unix milliseconds
 
 	pullMu  sync.Mutex
@@ -332,7 +333,12 @@ func (g *Gateway) drain(ctx context.Context) {
 
 // farDraining tells the sidecars whose connections run through a far gateway that goes away.
 func (g *Gateway) farDraining(s *tunnel.Session, grace time.Duration) {
-	deadline := g.cfg.Now().Add(min(grace, time.Hour)).UnixMilli()
+	g.retireConnections(s, g.cfg.Now().Add(min(grace, time.Hour)).UnixMilli())
+}
+
+// retireConnections has the sidecars give nothing new to the connections that run through s; what is open may end. deadline is when they
+// will be cut, in Unix milliseconds; 0: not said.
+func (g *Gateway) retireConnections(s *tunnel.Session, deadline int64) {
 	g.locals.each(func(l *localSession) {
 		counters := l.connectionsOn(s)
 		if len(counters) == 0 {
@@ -345,8 +351,36 @@ func (g *Gateway) farDraining(s *tunnel.Session, grace time.Duration) {
 
 // tunnelsChanged passes the state of the tunnels on, to sidecars and to the control plane.
 func (g *Gateway) tunnelsChanged() {
+	g.retireSuspects()
 	g.locals.each((*localSession).peersChanged)
 	g.link.tunnelsChanged()
+}
+
+// retireSuspects moves new work away from tunnels that have become suspect, once each, while another tunnel to the same peer is up: a far
+// gateway that died silently then costs a second's requests, and not what comes until the tunnel is down.
+func (g *Gateway) retireSuspects() {
+	sessions := g.tun.Sessions()
+	up := make(map[spiffeid.TrustDomain]bool)
+	for _, s := range sessions {
+		if s.State() == tunnel.StateUp && !s.Draining() {
+			up[s.Peer()] = true
+			g.suspects.Delete(s)
+		}
+	}
+	for _, s := range sessions {
+		if s.State() != tunnel.StateSuspect || !up[s.Peer()] {
+			continue
+		}
+		if _, known := g.suspects.LoadOrStore(s, true); !known {
+			g.retireConnections(s, 0)
+		}
+	}
+	g.suspects.Range(func(s, _ any) bool {
+		if s.(*tunnel.Session).State() == tunnel.StateDown {
+			g.suspects.Delete(s)
+		}
+		return true
+	})
 }
 
 // meet has gossip make contact with each gateway that a session came up with.

@@ -140,7 +140,7 @@ func TestGarbageOnEveryPort(t *testing.T) {
 	}
 	honest("meanwhile")
 	wg.Wait()
-	within(t, 10*time.Second, "goroutines back at where they were", func() bool { return runtime.NumGoroutine() <= before+8 })
+	within(t, 30*time.Second, "goroutines back at where they were", func() bool { return runtime.NumGoroutine() <= before+8 })
 	honest("afterwards")
 }
 

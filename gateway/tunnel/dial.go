@@ -18,11 +18,12 @@ import (
 
 const (
 	backoffMin    = 100 * time.Millisecond
-	backoffMax    = 5 * time.Second
+	backoffMax    = 2 * time.Second        // a healed path is used again within a few seconds
 	deferDial     = time.Second            // how long the greater trust domain waits to be dialled
 	tcpHeadStart  = 400 * time.Millisecond // of QUIC over TCP
 	nextAddress   = 200 * time.Millisecond // between the addresses of one gateway
-	dialTimeout   = 6 * time.Second
+	dialTimeout   = 4500 * time.Millisecond
+	dialAgain     = 1500 * time.Millisecond // to the same address over QUIC, beside what has no answer yet
 	returnToQUIC  = 60 * time.Second
 	maxReturn     = 10 * time.Minute
 	replaceJitter = 10 * time.Minute
@@ -275,6 +276,7 @@ type attempt struct {
 	transport string
 	address   string
 	after     time.Duration
+	again     bool // only while one before it is still without an answer
 }
 
 func attempts(addresses []string, udp, tcp bool, headStart time.Duration) []attempt {
@@ -285,13 +287,13 @@ func attempts(addresses []string, udp, tcp bool, headStart time.Duration) []atte
 		}
 		at := time.Duration(i) * nextAddress
 		if udp {
-			out = append(out, attempt{QUIC, a, at})
+			out = append(out, attempt{transport: QUIC, address: a, after: at})
 		}
 		if tcp {
 			if udp {
 				at += headStart
 			}
-			out = append(out, attempt{TCP, a, at})
+			out = append(out, attempt{transport: TCP, address: a, after: at})
 		}
 	}
 	return out
@@ -299,7 +301,14 @@ func attempts(addresses []string, udp, tcp bool, headStart time.Duration) []atte
 
 // race dials every address over both transports, QUIC with a head start; the first session that is complete wins.
 func (e *Endpoint) race(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error) {
-	return e.dialAny(ctx, td, attempts(addresses, e.quic != nil, true, e.cfg.HeadStart))
+	list := attempts(addresses, e.quic != nil, true, e.cfg.HeadStart)
+	if e.quic != nil && len(addresses) > 0 {
+		// A handshake whose packets were lost repeats them ever more slowly; a new one finds a path that has just healed sooner.
+		for after := dialAgain; after < dialTimeout-dialAgain/2; after += dialAgain {
+			list = append(list, attempt{transport: QUIC, address: addresses[0], after: after, again: true})
+		}
+	}
+	return e.dialAny(ctx, td, list)
 }
 
 func (e *Endpoint) raceQUIC(ctx context.Context, td spiffeid.TrustDomain, addresses []string) (*Session, error) {
@@ -347,6 +356,10 @@ func raceAttempts[T any](ctx context.Context, list []attempt, try func(context.C
 	}
 	begin, running := time.Now(), 0
 	for i := 0; i < len(list) || running > 0; {
+		if i < len(list) && list[i].again && running == 0 {
+			i++ // what was tried has failed: it has an answer
+			continue
+		}
 		if i < len(list) && ctx.Err() == nil && (running == 0 || time.Since(begin) >= list[i].after) {
 			a := list[i]
 			i, running = i+1, running+1
@@ -418,7 +431,7 @@ func (e *Endpoint) connect(ctx context.Context, td spiffeid.TrustDomain, a attem
 		return nil
 	}
 	// The resolved address of the first link, so that a name with several addresses leads to the same gateway again.
-	lane, err := e.dialLink(ctx, attempt{a.transport, control.remoteAddr().String(), 0}, same, maxInteractive)
+	lane, err := e.dialLink(ctx, attempt{transport: a.transport, address: control.remoteAddr().String()}, same, maxInteractive)
 	if err != nil {
 		return nil, err
 	}

@@ -18,6 +18,9 @@ const (
 	Silent = 2000
 	// within is when the last of them has to be gone.
 	within = 6 * time.Second
+	// settle is when the process is back to what it was: its other business (a tunnel that was dialled anew beside a suspect one) takes longer
+	// than the silent ones.
+	settle = 30 * time.Second
 	// extra is how many goroutines more than before may be left, of this process's other business.
 	extra = 5
 )
@@ -34,7 +37,7 @@ func Press(t testing.TB, address string, honest func() error) {
 	}
 	t.Logf("an honest caller got through in %v", time.Since(start))
 	AwaitClosed(t, conns, since)
-	for limit := time.Now().Add(within); runtime.NumGoroutine() > before+extra; {
+	for limit := time.Now().Add(settle); runtime.NumGoroutine() > before+extra; {
 		if time.Now().After(limit) {
 			buf := make([]byte, 1<<20)
 			t.Fatalf("%d goroutines, %d before\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
