@@ -152,7 +152,11 @@ func TestPathMTU(t *testing.T) {
 	for _, tt := range []struct {
 		mtu       int
 		transport string
-	}{{1500, "quic"}, {1400, "quic"}, {1307, "quic"}, {1280, "quic"}, {1228, "quic"}, {576, "tcp"}} {
+		soak      bool // only with STRAIT_SOAK
+	}{{1500, "quic", true}, {1400, "quic", true}, {1307, "quic", false}, {1280, "quic", true}, {1228, "quic", false}, {576, "tcp", false}} {
+		if tt.soak && !soak() {
+			continue
+		}
 		t.Run(strconv.Itoa(tt.mtu), func(t *testing.T) {
 			for _, c := range []*harness.Cluster{w.us, w.eu} {
 				c.Gateways[0].Kill()
@@ -220,7 +224,7 @@ func TestPathShrinks(t *testing.T) {
 // TestUDPComesBack: UDP stops passing in mid-life and passes again later: calls go on over TCP within 3 s, and the tunnel is back on
 // QUIC within 90 s without a failed request. It waits for more than a minute, so it belongs to make soak.
 func TestUDPComesBack(t *testing.T) {
-	if os.Getenv("STRAIT_SOAK") == "" {
+	if !soak() {
 		t.Skip("runs with make soak (STRAIT_SOAK=1): it waits for more than a minute")
 	}
 	w := newWide(t, harness.Options{})
@@ -249,6 +253,9 @@ func TestUDPComesBack(t *testing.T) {
 		t.Errorf("back on QUIC after %v, want 90 s", returned)
 	}
 }
+
+// soak says whether this is make soak.
+func soak() bool { return os.Getenv("STRAIT_SOAK") != "" }
 
 func expectTransport(w *wide, want string) error {
 	if got := w.transport(); got != want {

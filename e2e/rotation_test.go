@@ -9,8 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -79,6 +82,39 @@ func (r *rotating) pass(t *testing.T, what string) {
 		}
 	}
 }
+
+// handshakes counts the handshakes that any process refused or lost since it started, by process and reason. Only words of package trust
+// count, and for tunnels everything but silence: what a cut causes is no handshake of an honest party that was refused.
+func (r *rotating) handshakes(t *testing.T) map[string]int {
+	t.Helper()
+	refused := map[string]int{}
+	add := func(p *harness.Process, metrics string) {
+		body, code, err := get(t.Context(), http.DefaultClient, "http://"+metrics+"/metrics")
+		if err != nil || code != http.StatusOK {
+			t.Fatalf("metrics of %s: %d %v", p.Name, code, err)
+		}
+		for line := range strings.Lines(body) {
+			m := handshakeLine.FindStringSubmatch(line)
+			if m == nil || m[3] == "0" || m[2] == "timeout" || m[2] == "unreachable" || m[2] == "canceled" || m[2] == "closed" {
+				continue
+			}
+			n, _ := strconv.Atoi(m[3])
+			refused[p.Name+" "+m[1]+" "+m[2]] += n
+		}
+	}
+	for _, c := range r.f.Clusters {
+		add(c.ControlPlane, addr(c.ControlPlane, "Metrics"))
+		for _, g := range c.Gateways {
+			add(g, addr(g, "Metrics"))
+		}
+		for _, s := range c.Sidecars {
+			add(s.Process, s.Metrics)
+		}
+	}
+	return refused
+}
+
+var handshakeLine = regexp.MustCompile(`^(strait_(?:handshakes_refused|inbound_handshake_failures|tunnel_handshake_failures)_total)\{.*reason="(\w+)".*\} (\d+)`)
 
 // outlast waits until what lost its root has been ended (trust.RootGrace), and as long again.
 func (r *rotating) outlast(t *testing.T) {
@@ -185,6 +221,9 @@ func TestRootRotation(t *testing.T) {
 		l.end()
 	}
 	r.pass(t, "both rotations")
+	if refused := r.handshakes(t); len(refused) > 0 {
+		t.Errorf("handshakes of honest parties were refused: %v", refused)
+	}
 	calls := len(r.loads["us-east"].since(time.Time{}))
 	t.Logf("%d calls in %v, the host stalled for %v at most", calls, time.Since(r.began).Round(time.Second), canary.Between(r.began, time.Now()).Round(time.Millisecond))
 	for from, to := range map[*harness.Cluster]string{us: "eu-west", eu: "us-east"} {
@@ -243,5 +282,8 @@ func TestRootRotationSoak(t *testing.T) {
 	r.settled(t, ap, old)
 	r.outlast(t)
 	r.pass(t, "all rotations")
+	if refused := r.handshakes(t); len(refused) > 0 {
+		t.Errorf("handshakes of honest parties were refused: %v", refused)
+	}
 	t.Logf("%d calls", len(r.loads["us-east"].since(time.Time{})))
 }

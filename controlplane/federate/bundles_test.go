@@ -405,6 +405,7 @@ func TestLyingMember(t *testing.T) {
 	epoch := us.m.View().Peer(eu.td).Catalog.Head.Epoch
 	foreignBundle, err := catalog.BundleEntry(ap.ca.Bundle())
 	must(t, err)
+	eu.kill() // the honest one would be heard between two lies, and what was refused forgotten
 	deny := func(id string) (key string, body []byte) {
 		body, err := proto.Marshal(&controlpb.DeniedIdentity{SpiffeId: id})
 		must(t, err)

@@ -4,7 +4,10 @@ package proxyclient
 
 import (
 	"context"
+	"maps"
 	"net"
+	"slices"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -58,10 +61,54 @@ func (c *Client) dial() (*grpc.ClientConn, error) {
 
 func (c *Client) dialAddress(ctx context.Context, addr string) (net.Conn, error) {
 	conn, err := c.cfg.Dial(ctx, addr)
-	if err != nil && ctx.Err() == nil {
-		c.health.failed(err)
+	if err != nil {
+		if ctx.Err() == nil {
+			c.health.failed(err)
+		}
+		return nil, err
 	}
-	return conn, err
+	return c.wires.add(conn), nil
+}
+
+// wires are the open connections to the control plane. One that was opened under another ID than the present one must go: the control
+// plane judges who is at its other end by the certificate of then.
+type wires struct {
+	mu   sync.Mutex
+	open map[*wired]struct{}
+}
+
+type wired struct {
+	net.Conn
+	of *wires
+}
+
+func (w *wires) add(c net.Conn) net.Conn {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.open == nil {
+		w.open = map[*wired]struct{}{}
+	}
+	one := &wired{c, w}
+	w.open[one] = struct{}{}
+	return one
+}
+
+// cut closes what is open; the client connects anew by itself.
+func (w *wires) cut() {
+	w.mu.Lock()
+	all := slices.Collect(maps.Keys(w.open))
+	w.mu.Unlock()
+	for _, one := range all {
+		_ = one.Close()
+	}
+}
+
+// Close implements net.Conn.
+func (w *wired) Close() error {
+	w.of.mu.Lock()
+	delete(w.of.open, w)
+	w.of.mu.Unlock()
+	return w.Conn.Close()
 }
 
 // recordingCredentials keeps the reason of a failed handshake, which waiting RPCs do not show.

@@ -49,3 +49,27 @@ func TestFreshToken(t *testing.T) {
 		eventually(t, "connected after a restart beside a broken token file", func() bool { return client.Status().Connected })
 	}
 }
+
+// TestFreshTokenOfAnotherAccount: a running proxy that is given a token for another service account speaks to the control plane as that at
+// once: connections that were opened under the old ID are closed.
+func TestFreshTokenOfAnotherAccount(t *testing.T) {
+	c := newCluster(t)
+	c.serve()
+	must(t, c.discovery.Replace(controlpb.TypeBundle, nil))
+	cfg := c.config(proxyclient.Sidecar, "shop/web-1", c.sidecarToken("shop/web-1", "web"), newDir(t))
+	client, _ := open(t, cfg)
+	eventually(t, "connected", func() bool { return client.Status().Connected })
+	before := client.Info().ID
+	token, err := os.ReadFile(c.sidecarToken("shop/web-1", "checkout"))
+	must(t, err)
+	must(t, os.WriteFile(cfg.TokenFile, token, 0o600))
+	eventually(t, "the control plane to see the new identity alone", func() bool {
+		seen := c.withdrawals.Snapshot()
+		for _, s := range seen {
+			if s.Identity == before {
+				return false
+			}
+		}
+		return len(seen) > 0 && client.Info().ID != before && client.Status().Connected
+	})
+}

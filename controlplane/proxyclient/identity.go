@@ -139,10 +139,14 @@ func (c *Client) obtain(info Info, id *trust.Identity) error {
 	if err := c.cfg.DataDir.WriteFile(infoFile, described); err != nil {
 		return fmt.Errorf("identity: %w", err)
 	}
+	before := c.source.Identity()
 	c.identityMu.Lock()
 	c.info, c.obtained = info, now
 	c.identityMu.Unlock()
 	c.source.SetIdentity(id)
+	if before != nil && before.ID != id.ID {
+		c.wires.cut()
+	}
 	return nil
 }
 

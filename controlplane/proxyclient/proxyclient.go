@@ -105,6 +105,7 @@ type Client struct {
 	store   *store
 	bundles *bundleKeeper
 	health  health
+	wires   wires
 	closed  sync.Once
 	// endpoint is the Workload API, nil where the control plane issues the identity
 	endpoint *endpoint.Handle

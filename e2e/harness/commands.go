@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -72,6 +73,12 @@ func (c *Cluster) RestartControlPlane() {
 	c.fed.T.Helper()
 	c.ControlPlane.Start()
 	c.ControlPlane.Addrs()
+}
+
+// Reset makes the cluster a new one, with its data below dir. What ran before must have ended.
+func (c *Cluster) Reset(dir string) {
+	c.Dir, c.Gateways, c.ControlPlane, c.Sidecars = filepath.Join(dir, "cp"), nil, nil, map[string]*Sidecar{}
+	fail(c.fed.T, os.RemoveAll(filepath.Join(c.fed.Dir, c.Name)), "reset "+c.Name) // of its gateways and sidecars
 }
 
 // InitAs makes the data directory of a cluster that calls itself otherwise than the test does.

@@ -131,8 +131,6 @@ func (s *Session) sendPackets(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case n := <-s.probes:
-			s.sendProbe(n)
 		case b := <-s.packets:
 			err := s.control.sendPacket(b)
 			if !errors.Is(err, errTooLarge) && !errors.Is(err, errNoDatagrams) {

@@ -81,7 +81,7 @@ type Session struct {
 	rootless atomic.Bool // what one of the ends has proved is of a root that has left its bundle: a new session is wanted
 	ending   atomic.Bool // and it ends soon
 	left     atomic.Bool // and those whose streams run on it were told
-	probes   chan uint64
+	probes   chan struct{}
 	packets  chan []byte
 	notices  chan []byte
 	markers  chan []byte
@@ -100,7 +100,7 @@ func newSession(e *Endpoint, control link, peerID spiffeid.ID, transport string,
 	s := &Session{
 		e: e, nonce: nonce, id: hex.EncodeToString(nonce[:4]), peerID: peerID, gateway: gw, transport: transport,
 		dialled: dialled, address: control.remoteAddr().String(), since: time.Now(), control: control,
-		pulse: newPulse(time.Now()), probes: make(chan uint64, 1), packets: make(chan []byte, packetQueue), notices: make(chan []byte, 8),
+		pulse: newPulse(time.Now()), probes: make(chan struct{}, 1), packets: make(chan []byte, packetQueue), notices: make(chan []byte, 8),
 		markers: make(chan []byte, 256), inbound: rate.NewLimiter(2000, 4000), ended: make(chan struct{}),
 		udpOK: transport == QUIC, tcpOK: transport == TCP,
 	}
@@ -246,6 +246,10 @@ func (s *Session) run(ctx context.Context) error {
 	for _, l := range lanes {
 		s.wg.Go(func() { s.acceptLane(ctx, l) })
 		s.wg.Go(func() { s.watch(ctx, l) })
+		s.wg.Go(func() { s.receiveProbes(ctx, l) })
+	}
+	if len(lanes) > 0 {
+		s.wg.Go(func() { s.sendProbes(ctx, lanes[0]) })
 	}
 	s.wg.Go(func() { s.watch(ctx, s.control) })
 	s.wg.Go(func() { s.pinger(ctx) })

@@ -3,6 +3,7 @@
 package tunnel
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"sync"
@@ -73,7 +74,7 @@ func probe(kind byte, n uint64, size int) []byte {
 	return b
 }
 
-// probeWidth sends a probe while streams are open, and reports that the path is too narrow. It never blocks.
+// probeWidth has a probe sent while streams are open, and reports that the path is too narrow. It never blocks.
 func (s *Session) probeWidth(now time.Time) (narrow bool) {
 	if s.transport != QUIC {
 		return false
@@ -83,17 +84,36 @@ func (s *Session) probeWidth(now time.Time) (narrow bool) {
 		return false
 	}
 	select {
-	case s.probes <- s.width.ask():
-	default: // the last one still waits: the connection is not sending
+	case s.probes <- struct{}{}:
+	default: // the last one still waits: the connection takes nothing
 	}
 	rtt, _ := s.pulse.figures()
 	return s.width.narrow(rtt) && s.pulse.silence(now) < narrowSilence+rtt
 }
 
-// sendProbe sends a datagram as wide as the connection allows now.
-func (s *Session) sendProbe(n uint64) {
-	if size := s.control.packetSize(); size >= minProbe {
-		_ = s.control.sendPacket(probe(datagramProbe, n, size))
+// sendProbes sends datagrams as wide as the lane's connection allows at the moment: on the connection that carries the streams, because each
+// one finds the path's width by itself. Its answers come on the control link.
+func (s *Session) sendProbes(ctx context.Context, lane link) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.probes:
+		}
+		if size := lane.packetSize(); size >= minProbe {
+			_ = lane.sendPacket(probe(datagramProbe, s.width.ask(), size))
+		}
+	}
+}
+
+// receiveProbes takes the far end's probes from a lane.
+func (s *Session) receiveProbes(ctx context.Context, lane link) {
+	for {
+		b, err := lane.receivePacket(ctx)
+		if err != nil {
+			return // watch sees the link end
+		}
+		s.takeProbe(b)
 	}
 }
 

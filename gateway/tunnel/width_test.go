@@ -107,7 +107,7 @@ func TestPathNarrows(t *testing.T) {
 	}
 	wrote := make(chan error, 1)
 	go func() { _, err := io.Copy(out, endless{}); wrote <- err }()
-	x.await(t, "packets to grow", func() bool { return first.control.packetSize() > 1300 && first.width.seen() > 3 })
+	x.await(t, "packets to grow", func() bool { return first.links()[0].packetSize() > 1300 && first.width.seen() > 3 })
 	way.widest.Store(1280)
 	began := time.Now()
 	x.await(t, "another session", func() bool { s := x.up(y); return s != nil && s != first })

@@ -5,6 +5,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strconv"
 	"strings"
 	"time"
@@ -194,6 +195,8 @@ type workloadOptions struct {
 	ports                                                               []string
 	unixUID                                                             []uint
 	tokenTTL                                                            time.Duration
+
+	given func(flag string) bool // whether a flag was given: what was not keeps its present value
 }
 
 func newWorkloadCmd(e *env) *cobra.Command {
@@ -202,12 +205,13 @@ func newWorkloadCmd(e *env) *cobra.Command {
 	var o workloadOptions
 	reg := &cobra.Command{Use: "register NAMESPACE/NAME", Short: "Register a workload, its service, and a token for its sidecar", Args: cobra.ExactArgs(1),
 		Long: `Register a running instance: a Workload object, the Service that selects it (made when it does not exist), and a one-time token with which
-its sidecar obtains its identity. Several workloads may share one sidecar (--proxy). Processes of the users that --unix-uid names may take the
+its sidecar obtains its identity. What is registered already keeps what no flag changes. Several workloads may share one sidecar (--proxy). Processes of the users that --unix-uid names may take the
 identity from the sidecar's SPIFFE Workload API (strait sidecar --workload-api PATH); without it nobody may.`,
 		Example: "  strait workload register shop/checkout-1 --service checkout --address 10.4.0.17 --port http=8080 --token-out checkout.token\n" +
 			"  strait workload register shop/web --token-out web.token        # a client only: nothing listens\n" +
 			"  strait workload register shop/web --unix-uid 1000              # processes of uid 1000 may take its identity",
 		RunE: func(cmd *cobra.Command, args []string) error {
+			o.given = cmd.Flags().Changed
 			return workloadRegisterRun(cmd.Context(), e, args[0], o)
 		}}
 	f := reg.Flags()
@@ -236,6 +240,11 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 	if ns == "" {
 		return problem.New(problem.Usage, "a workload is named NAMESPACE/NAME, or NAME with -n")
 	}
+	present, err := e.getObject(ctx, "Workload", ns, name)
+	if err != nil && !problem.Is(err, problem.NotFound) {
+		return err
+	}
+	spec := o.present(present)
 	if o.service == "" {
 		o.service = name
 	}
@@ -249,7 +258,7 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 	if err != nil {
 		return err
 	}
-	spec := map[string]any{"address": o.address, "serviceAccount": o.serviceAccount, "proxy": o.proxy}
+	spec["address"], spec["serviceAccount"], spec["proxy"] = o.address, o.serviceAccount, o.proxy
 	if len(ports) > 0 {
 		spec["ports"] = ports
 	}
@@ -267,7 +276,12 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 		spec["attestation"] = map[string]any{"unix": selectors}
 	}
 	w := object(gvStrait, "Workload", ns, name, spec)
-	w.SetLabels(map[string]string{"app": o.service})
+	labels := map[string]string{}
+	if present != nil {
+		maps.Copy(labels, present.GetLabels())
+	}
+	labels["app"] = o.service
+	w.SetLabels(labels)
 	objects := []*unstructured.Unstructured{w}
 	if len(ports) > 0 {
 		_, err := e.getObject(ctx, "Service", ns, o.service)
@@ -297,6 +311,28 @@ func workloadRegisterRun(ctx context.Context, e *env, name string, o workloadOpt
 	}
 	fmt.Fprintf(e.out, "workload %s/%s registered (service account %s, sidecar %s/%s)\n", ns, name, o.serviceAccount, ns, o.proxy)
 	return nil
+}
+
+// present fills in what a workload that is registered already has, where no flag says otherwise, and returns its specification.
+func (o *workloadOptions) present(w *unstructured.Unstructured) map[string]any {
+	if w == nil {
+		return map[string]any{}
+	}
+	spec, _, _ := unstructured.NestedMap(w.Object, "spec")
+	if spec == nil {
+		spec = map[string]any{}
+	}
+	keep := func(flag string, to *string, value string) {
+		if value != "" && (o.given == nil || !o.given(flag)) {
+			*to = value
+		}
+	}
+	text := func(field string) string { v, _ := spec[field].(string); return v }
+	keep("address", &o.address, text("address"))
+	keep("service-account", &o.serviceAccount, text("serviceAccount"))
+	keep("proxy", &o.proxy, text("proxy"))
+	keep("service", &o.service, w.GetLabels()["app"])
+	return spec
 }
 
 func workloadToken(ctx context.Context, e *env, ns string, o workloadOptions, secret *secretFile) error {

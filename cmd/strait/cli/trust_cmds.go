@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/strait-mesh/strait/controlplane"
 	"github.com/strait-mesh/strait/controlplane/controlpb"
@@ -389,7 +391,7 @@ func (e *env) takeStep(ctx context.Context, op controlpb.OperatorClient, req *co
 		if err == nil {
 			return r, nil
 		}
-		if ctx.Err() != nil && said != "" {
+		if timedOut(ctx, err) && said != "" {
 			return nil, unfinished(req.Action, said, e.timeout).WithState("nothing was changed; the phase is as before.")
 		}
 		err = e.callError(err)
@@ -408,6 +410,11 @@ func (e *env) takeStep(ctx context.Context, op controlpb.OperatorClient, req *co
 	}
 }
 
+// timedOut reports whether a call ended with the time that was given; the server may notice it before our own clock does.
+func timedOut(ctx context.Context, err error) bool {
+	return ctx.Err() != nil || status.Code(err) == codes.DeadlineExceeded
+}
+
 // awaitRotation waits until the next step is possible, and after retire and abort until everybody who is there has followed.
 func (e *env) awaitRotation(ctx context.Context, op controlpb.OperatorClient, action string) (*controlpb.TrustStatusResponse, error) {
 	tick := time.NewTicker(rotationPoll)
@@ -419,7 +426,7 @@ func (e *env) awaitRotation(ctx context.Context, op controlpb.OperatorClient, ac
 	}
 	for {
 		r, err := op.TrustStatus(ctx, &controlpb.TrustStatusRequest{})
-		if err != nil && ctx.Err() != nil && said != "" {
+		if err != nil && timedOut(ctx, err) && said != "" {
 			return nil, late()
 		}
 		if err != nil {
