@@ -197,7 +197,7 @@ func TestNoControlPlane(t *testing.T) {
 		"strait service describe": {"a"}, "strait workload register": {"a/b"},
 		"strait workload evict": {"a/b", "--yes"}, "strait workload readmit": {"a/b"}, "strait trust revoke": {"spiffe://a/ns/b/sa/c", "--yes"}, "strait failover set": {"a", "--order", "local"}, "strait apply": {"-f", "/dev/null"}, "strait get": {"workload"},
 		"strait delete": {"workload", "a/b"}, "strait access issue": {"ada", "--out", t.TempDir()}, "strait backup": {"--out", "-"}, "strait restore": {"/nonexistent"},
-		"strait demo break": {"eu-west"}, "strait demo heal": {"eu-west"}, "strait demo down": {}, "strait context use": {"x"},
+		"strait trust rotate": {"prepare"}, "strait demo break": {"eu-west"}, "strait demo heal": {"eu-west"}, "strait demo down": {}, "strait context use": {"x"},
 	}
 	for _, c := range commands(t) {
 		path := c.CommandPath()
