@@ -24,8 +24,7 @@ demo: build
 	./$(BIN)/strait demo up
 
 test: build
-	$(GO) test -race $(filter-out $(HEAVY),$(PKGS))
-	$(GO) test $(filter $(HEAVY),$(PKGS))
+	$(GO) test -race $(filter-out $(HEAVY),$(PKGS)); light=$$?; $(GO) test $(filter $(HEAVY),$(PKGS)) && exit $$light
 
 e2e: build
 	sh e2e/setup.sh
