@@ -318,7 +318,15 @@ func TestWorkloadAPI(t *testing.T) {
 	eu.ControlPlane.Start()
 
 	// A selector that is taken back.
-	us.CLI("workload", "register", "shop/web", "--service", "web")
+	file := f.File("web.yaml") // registering again would keep it
+	if err := os.WriteFile(file, []byte(`apiVersion: strait.dev/v1alpha1
+kind: Workload
+metadata: {namespace: shop, name: web, labels: {app: web}}
+spec: {address: 127.0.0.1, serviceAccount: web, proxy: web}
+`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	us.CLI("apply", "-f", file)
 	began := time.Now()
 	harness.Eventually(t, 10*time.Second, "the refusal", func() error {
 		if got := web.try("fetch"); !strings.HasPrefix(got, "error PermissionDenied") {
