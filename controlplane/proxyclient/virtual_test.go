@@ -3,7 +3,6 @@
 package proxyclient_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"net"
@@ -16,6 +15,7 @@ import (
 
 	"github.com/strait-mesh/strait/controlplane/controlpb"
 	"github.com/strait-mesh/strait/controlplane/proxyclient"
+	"github.com/strait-mesh/strait/internal/memnet"
 	"github.com/strait-mesh/strait/internal/problem"
 	"github.com/strait-mesh/strait/trust"
 )
@@ -43,8 +43,7 @@ func (m *memory) dial(ctx context.Context, _ string) (net.Conn, error) {
 	m.mu.Lock()
 	l := m.at
 	m.mu.Unlock()
-	a, b := net.Pipe()
-	near, far := newBuffered(a), newBuffered(b)
+	near, far := memnet.Pipe()
 	var err error
 	select {
 	case l.conns <- far:
@@ -71,63 +70,6 @@ func (l *memoryListener) Close() error { l.once.Do(func() { close(l.done) }); re
 func (l *memoryListener) Addr() net.Addr {
 	return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 7400}
 }
-
-// buffered is an end of a pipe that takes writes at once, as a network does.
-type buffered struct {
-	net.Conn
-	out  chan []byte
-	done chan struct{}
-	once sync.Once
-}
-
-func newBuffered(c net.Conn) *buffered {
-	b := &buffered{Conn: c, out: make(chan []byte, 256), done: make(chan struct{})}
-	go b.run()
-	return b
-}
-
-func (b *buffered) run() {
-	defer b.Conn.Close()
-	for {
-		select {
-		case data := <-b.out:
-			if _, err := b.Conn.Write(data); err != nil {
-				return
-			}
-			continue
-		default:
-		}
-		select {
-		case data := <-b.out:
-			if _, err := b.Conn.Write(data); err != nil {
-				return
-			}
-		case <-b.done:
-			if len(b.out) == 0 {
-				return
-			}
-		}
-	}
-}
-
-func (b *buffered) Write(p []byte) (int, error) {
-	select {
-	case b.out <- bytes.Clone(p):
-		return len(p), nil
-	case <-b.done:
-		return 0, net.ErrClosed
-	}
-}
-
-func (b *buffered) Close() error {
-	b.once.Do(func() {
-		_ = b.Conn.SetDeadline(time.Now().Add(time.Second))
-		close(b.done)
-	})
-	return nil
-}
-func (b *buffered) SetWriteDeadline(time.Time) error { return nil }
-func (b *buffered) SetDeadline(t time.Time) error    { return b.SetReadDeadline(t) }
 
 // TestTwoDays is F20, F22 and F23 on virtual time, with the real CA, listener and client: 48 hours of hourly renewals with a rotation of the
 // root among them, then 35 hours without a control plane, then the end and the way back.

@@ -309,7 +309,7 @@ func (s *Set) sessions() (good, draining []*Session) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, session := range s.live {
-		if s.drains(session) {
+		if s.drainsLocked(session) {
 			draining = append(draining, session)
 		} else {
 			good = append(good, session)
@@ -321,8 +321,8 @@ func (s *Set) sessions() (good, draining []*Session) {
 	return good, draining
 }
 
-// drains reports whether a session's gateway goes away. The caller holds the lock.
-func (s *Set) drains(session *Session) bool {
+// drainsLocked reports whether a session's gateway goes away.
+func (s *Set) drainsLocked(session *Session) bool {
 	return s.wanted[session.gateway.Name].Draining || session.draining.Load()
 }
 
@@ -330,7 +330,7 @@ func (s *Set) drains(session *Session) bool {
 func (s *Set) Draining(session *Session) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.drains(session)
+	return s.drainsLocked(session)
 }
 
 // Await waits until a session is live, for as long as ctx allows. Without any gateway to wait for it returns at once.

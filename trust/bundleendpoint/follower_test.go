@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/strait-mesh/strait/internal/datadir"
+	"github.com/strait-mesh/strait/internal/memnet"
 	"github.com/strait-mesh/strait/trust"
 	"github.com/strait-mesh/strait/trust/bundleendpoint"
 	"github.com/strait-mesh/strait/trust/ca"
@@ -40,11 +41,12 @@ func (m *memory) dial(ctx context.Context, _, addr string) (net.Conn, error) {
 	if m.down.Load() {
 		return nil, fmt.Errorf("dial %s: unreachable", addr)
 	}
-	a, b := net.Pipe()
+	near, far := memnet.Pipe()
 	select {
-	case m.conns <- newBuffered(b):
-		return newBuffered(a), nil
+	case m.conns <- far:
+		return near, nil
 	case <-ctx.Done():
+		_, _ = near.Close(), far.Close()
 		return nil, ctx.Err()
 	}
 }
@@ -59,63 +61,6 @@ func (m *memory) Accept() (net.Conn, error) {
 }
 func (m *memory) Close() error   { m.once.Do(func() { close(m.done) }); return nil }
 func (m *memory) Addr() net.Addr { return &net.TCPAddr{} }
-
-// buffered is an end of a pipe that takes writes at once, as a network does: two ends that both write must not wait for each other.
-type buffered struct {
-	net.Conn
-	out  chan []byte
-	done chan struct{}
-	once sync.Once
-}
-
-func newBuffered(c net.Conn) *buffered {
-	b := &buffered{Conn: c, out: make(chan []byte, 64), done: make(chan struct{})}
-	go b.run()
-	return b
-}
-
-func (b *buffered) run() {
-	defer b.Conn.Close()
-	for {
-		select {
-		case data := <-b.out:
-			if _, err := b.Conn.Write(data); err != nil {
-				return
-			}
-			continue
-		default:
-		}
-		select {
-		case data := <-b.out:
-			if _, err := b.Conn.Write(data); err != nil {
-				return
-			}
-		case <-b.done:
-			if len(b.out) == 0 {
-				return
-			}
-		}
-	}
-}
-
-func (b *buffered) Write(p []byte) (int, error) {
-	select {
-	case b.out <- bytes.Clone(p):
-		return len(p), nil
-	case <-b.done:
-		return 0, net.ErrClosed
-	}
-}
-
-func (b *buffered) Close() error {
-	b.once.Do(func() {
-		_ = b.Conn.SetWriteDeadline(time.Now().Add(time.Second))
-		close(b.done)
-	})
-	return nil
-}
-func (b *buffered) SetWriteDeadline(time.Time) error { return nil }
-func (b *buffered) SetDeadline(t time.Time) error    { return b.SetReadDeadline(t) }
 
 // world is a follower of one foreign endpoint, on virtual time.
 type world struct {

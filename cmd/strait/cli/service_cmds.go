@@ -205,8 +205,9 @@ func newWorkloadCmd(e *env) *cobra.Command {
 	var o workloadOptions
 	reg := &cobra.Command{Use: "register NAMESPACE/NAME", Short: "Register a workload, its service, and a token for its sidecar", Args: cobra.ExactArgs(1),
 		Long: `Register a running instance: a Workload object, the Service that selects it (made when it does not exist), and a one-time token with which
-its sidecar obtains its identity. What is registered already keeps what no flag changes. Several workloads may share one sidecar (--proxy). Processes of the users that --unix-uid names may take the
-identity from the sidecar's SPIFFE Workload API (strait sidecar --workload-api PATH); without it nobody may.`,
+its sidecar obtains its identity. What is registered already keeps what no flag changes. Several workloads may share one sidecar (--proxy).
+Processes of the users that --unix-uid names may take the identity from the sidecar's SPIFFE Workload API (strait sidecar --workload-api
+PATH); without it nobody may.`,
 		Example: "  strait workload register shop/checkout-1 --service checkout --address 10.4.0.17 --port http=8080 --token-out checkout.token\n" +
 			"  strait workload register shop/web --token-out web.token        # a client only: nothing listens\n" +
 			"  strait workload register shop/web --unix-uid 1000              # processes of uid 1000 may take its identity",
