@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/strait-mesh/strait/e2e/harness"
+	"github.com/strait-mesh/strait/internal/wan"
 )
 
 // rotating is clusters under load whose roots are replaced.
@@ -275,10 +276,22 @@ func TestRootRotationSoak(t *testing.T) {
 		r.pass(t, "after the rotation of "+n)
 	}
 	reaches(t, "http://"+ap.Sidecars["client"].Upstreams[0]+"/", "us-east")
+	// The third root, while ap-south and eu-west do not reach each other: the load goes on between us-east and eu-west.
+	apart := func(dark bool) {
+		r.f.Links(func(a, b string, l wan.Link) wan.Link {
+			l.Dark = dark && a != "us-east" && b != "us-east"
+			return l
+		})
+	}
 	old := root(t, ap)
+	apart(true)
 	step(t, ap, "prepare", "--wait")
-	step(t, ap, "activate", "--wait")
-	step(t, ap, "retire", "--wait")
+	step(t, ap, "activate")
+	if refused := ap.Try("trust", "rotate", "retire"); refused.Code != 1 || !strings.Contains(refused.Err, "STR-5122") || !strings.Contains(refused.Err, "member eu-west") {
+		t.Fatalf("ap-south: retire while eu-west is cut off: exit %d\n%s", refused.Code, refused.Err)
+	}
+	apart(false)
+	step(t, ap, "retire", "--wait", "--timeout", "80s")
 	r.settled(t, ap, old)
 	r.outlast(t)
 	r.pass(t, "all rotations")
